@@ -1,0 +1,63 @@
+# Decides whether the CUDA library is built, and for which architectures.
+#   INLAY_HAS_CUDA                      result
+#   inlay_configure_cuda_target(<lib>)  links what a CUDA library of ours needs
+set(INLAY_HAS_CUDA OFF)
+if(NOT INLAY_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(INLAY_HAS_CUDA ON)
+  elseif(INLAY_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "inlay: INLAY_CUDA is ON but nvcc was not found; put it on PATH or set CUDACXX")
+  endif()
+endif()
+if(NOT INLAY_HAS_CUDA)
+  message(STATUS "inlay: nvcc not found or INLAY_CUDA=OFF: building the CPU package without CUDA kernels")
+  return()
+endif()
+
+if(INLAY_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES ${INLAY_CUDA_ARCHITECTURES})
+else()
+  execute_process(
+    COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE compute_capability
+    ERROR_QUIET
+    RESULT_VARIABLE no_gpu)
+  if(NOT no_gpu AND compute_capability MATCHES "^([0-9]+)\\.([0-9]+)")
+    set(CMAKE_CUDA_ARCHITECTURES ${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real)
+    if(CMAKE_CUDA_ARCHITECTURES STREQUAL "90-real")
+      set(CMAKE_CUDA_ARCHITECTURES 90a-real)
+    endif()
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES 90a-real 80-virtual)
+  endif()
+endif()
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+message(STATUS "inlay: building CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES} with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+
+# libinlay_cuda needs one symbol of libtorch_cuda, the current stream. A CPU-only torch ships no such library to link
+# against, so an empty one with its soname records the dependency for the loader of the machine that has it.
+set(stub_source ${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stub.cpp)
+file(CONFIGURE OUTPUT ${stub_source} CONTENT "")
+add_library(inlay_torch_cuda_stub SHARED ${stub_source})
+set_target_properties(inlay_torch_cuda_stub PROPERTIES
+  OUTPUT_NAME torch_cuda
+  LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/stub)
+
+function(inlay_configure_cuda_target target)
+  target_include_directories(${target} PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_link_libraries(${target} PRIVATE inlay::torch)
+  target_link_options(${target} PRIVATE
+    -Wl,--no-as-needed $<TARGET_FILE:inlay_torch_cuda_stub> -Wl,--as-needed -Wl,--allow-shlib-undefined)
+  add_dependencies(${target} inlay_torch_cuda_stub)
+  set_target_properties(${target} PROPERTIES
+    CUDA_RUNTIME_LIBRARY Static
+    CUDA_SEPARABLE_COMPILATION OFF
+    BUILD_RPATH "" SKIP_BUILD_RPATH ON)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
+    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Xcompiler=-Wall -Xfatbin=-compress-all>)
+endfunction()

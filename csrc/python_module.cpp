@@ -1,0 +1,38 @@
+// What this build is: facts for `inlay.info()` and for tests. No tensors, no torch headers, and the package works
+// without it.
+#include <pybind11/pybind11.h>
+
+#include "norm/params.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Introspection of Inlay's native build.";
+  m.def(
+      "build_config",
+      [] {
+        py::dict config;
+        config["version"] = INLAY_VERSION;
+        config["build_type"] = INLAY_BUILD_TYPE;
+        config["compiler"] = INLAY_COMPILER;
+        config["cuda_compiler"] = INLAY_CUDA_COMPILER;
+        config["cuda_architectures"] = INLAY_CUDA_ARCHITECTURES;
+        return config;
+      },
+      "How the native libraries were built, as a dict of strings; the CUDA entries are empty without CUDA.");
+  m.def(
+      "norm_enums",
+      [] {
+        using namespace inlay::norm;
+        py::dict enums;
+        enums["RMS"] = static_cast<int>(Kind::rms);
+        enums["LAYER"] = static_cast<int>(Kind::layer);
+        enums["L2"] = static_cast<int>(Kind::l2);
+        enums["ONCE"] = static_cast<int>(Rounding::once);
+        enums["STEPWISE"] = static_cast<int>(Rounding::stepwise);
+        enums["SILU"] = static_cast<int>(Activation::silu);
+        enums["SIGMOID"] = static_cast<int>(Activation::sigmoid);
+        return enums;
+      },
+      "The integers that the norm ops take, for the test that holds Python's enums to them.");
+}

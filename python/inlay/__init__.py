@@ -1,0 +1,5 @@
+"""Fused C++/CUDA ops for Hugging Face models."""
+
+from inlay.ops.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
+
+__all__ = ["add_rms_norm", "gated_rms_norm", "l2_norm", "layer_norm", "rms_norm"]

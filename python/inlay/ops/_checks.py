@@ -1,0 +1,86 @@
+"""Argument checks shared by the public functions: one condition each, one message form.
+
+Form: ``<op>: <argument> must be <rule>, got <actual>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_Value = TypeVar("_Value")
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def activations(op: str, argument: str, x: Tensor) -> None:
+    """A tensor [..., N] with a dense last dimension, on a device and in a dtype that has kernels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {argument} must be a Tensor, got {type(x).__name__}")
+    dtypes = _DTYPES.get(x.device.type)
+    if dtypes is None:
+        raise ValueError(f"{op}: {argument} must be on cpu or cuda, got {x.device}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{op}: {argument} must be {names(dtypes)} on {x.device.type}, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {argument} must have at least one dimension, got a scalar")
+    _dense_rows(op, argument, x)
+
+
+def like(op: str, argument: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A tensor of x's shape and device, dense in its last dimension."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {argument} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != x.shape:
+        raise ValueError(f"{op}: {argument} must have x's shape {list(x.shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{op}: {argument} must be {names(dtypes)}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {argument} must be on x's device {x.device}, got {tensor.device}")
+    _dense_rows(op, argument, tensor)
+
+
+def vector(op: str, argument: str, tensor: Tensor | None, x: Tensor) -> None:
+    """None, or a dense [N] for x [..., N]."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {argument} must be a Tensor or None, got {type(tensor).__name__}")
+    if tensor.dim() != 1 or tensor.shape[0] != x.shape[-1]:
+        raise ValueError(f"{op}: {argument} must have shape [{x.shape[-1]}] (x's width), got {list(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {argument} must be on x's device {x.device}, got {tensor.device}")
+    if tensor.dtype not in _DTYPES[x.device.type] or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+        allowed = (torch.float64,) if x.dtype == torch.float64 else _DTYPES["cuda"]
+        raise ValueError(f"{op}: {argument} must be {names(allowed)} for {x.dtype} x, got {tensor.dtype}")
+    _dense_rows(op, argument, tensor)
+
+
+def choice(op: str, argument: str, value: str, choices: Mapping[str, _Value]) -> _Value:
+    try:
+        return choices[value]
+    except (KeyError, TypeError):
+        raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}") from None
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _dense_rows(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {argument} must have stride 1 in its last dimension, got strides {list(tensor.stride())};"
+            " call .contiguous() first"
+        )

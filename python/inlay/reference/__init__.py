@@ -1,0 +1,9 @@
+"""Eager PyTorch definitions of every Inlay op: the oracle of the tests and the fallback of the patches.
+
+Each function has the public op's signature, runs on any device and in any dtype up to float64, is
+differentiable by autograd, and imports nothing from ``inlay.ops``.
+"""
+
+from inlay.reference.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
+
+__all__ = ["add_rms_norm", "gated_rms_norm", "l2_norm", "layer_norm", "rms_norm"]
