@@ -1,0 +1,124 @@
+// Launching kernels: error checks, what must be known of the device, and programmatic dependent launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace inlay::cuda {
+
+// torch's own STD_CUDA_CHECK needs a symbol that torch 2.11 does not export.
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("inlay: ") + what + " failed: " + cudaGetErrorString(status));
+  }
+}
+
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+inline constexpr int kMaxDevices = 64;
+
+inline int multiprocessor_count() {
+  static std::array<std::atomic<int>, kMaxDevices> counts{};
+  const int device = current_device();
+  int count = counts[device].load(std::memory_order_relaxed);
+  if (count == 0) {
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    counts[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
+// What one kernel can do on the current device, looked up once.
+struct KernelTraits {
+  int resident_blocks = 0;        // of a multiprocessor
+  bool dependent_launch = false;  // its code has griddepcontrol, so it may start before its predecessor has ended
+};
+
+// `Kernel` is the kernel function itself, so each has a cache of its own.
+template <auto Kernel>
+const KernelTraits& kernel_traits(int threads, int shared_bytes) {
+  static std::array<KernelTraits, kMaxDevices> traits{};
+  static std::array<std::atomic<bool>, kMaxDevices> known{};
+  const int device = current_device();
+  if (!known[device].load(std::memory_order_acquire)) {
+    KernelTraits found;
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, Kernel), "loading a kernel for this GPU");
+    found.dependent_launch = attributes.ptxVersion >= 90;
+    if (shared_bytes > 0) {  // more than the 48 KiB a block gets without asking, its static arrays counted in
+      check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+            "raising a kernel's shared memory limit");
+    }
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found.resident_blocks, Kernel, threads,
+                                                        shared_bytes),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    traits[device] = found;  // racing threads write the same values
+    known[device].store(true, std::memory_order_release);
+  }
+  return traits[device];
+}
+
+// A kernel made ready for some parameters: how many blocks, and how to start them.
+template <typename Params>
+struct Launch {
+  int64_t blocks;
+  void (*start)(const Params& params, int64_t blocks, void* stream);
+};
+
+// Starts `Kernel`, which calls wait_for_predecessor() before it touches memory.
+template <auto Kernel, int kThreads, int kSharedBytes = 0, typename Params>
+void start(const Params& params, dim3 grid, void* stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = kernel_traits<Kernel>(kThreads, kSharedBytes).dependent_launch ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, Kernel, params), "launching a kernel");
+}
+
+// A kernel that gives each piece of work a block of its own.
+template <auto Kernel, int kThreads, typename Params>
+Launch<Params> block_per_piece_launch(int64_t work) {
+  return {work, [](const Params& params, int64_t blocks, void* stream) {
+            start<Kernel, kThreads>(params, dim3(static_cast<unsigned>(blocks)), stream);
+          }};
+}
+
+// A kernel whose blocks walk over `work` pieces: as many blocks as run at once, but none without work.
+template <auto Kernel, int kThreads, int kSharedBytes, typename Params>
+Launch<Params> resident_launch(int64_t work) {
+  const int64_t resident = static_cast<int64_t>(multiprocessor_count()) * kernel_traits<Kernel>(kThreads, kSharedBytes).resident_blocks;
+  const int64_t blocks = work < resident ? (work > 0 ? work : 1) : resident;
+  return {blocks, [](const Params& params, int64_t blocks, void* stream) {
+            start<Kernel, kThreads, kSharedBytes>(params, dim3(static_cast<unsigned>(blocks)), stream);
+          }};
+}
+
+// Everything the kernel before this one wrote is visible after this, and everything it reads may be overwritten.
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's blocks be set up as soon as this kernel's last blocks run.
+__device__ inline void release_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace inlay::cuda

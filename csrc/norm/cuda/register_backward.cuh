@@ -1,0 +1,41 @@
+// Picks the backward kernel of a role and a row of the shape table; instantiated per dtype in backward_<dtype>.cu.
+#pragma once
+
+#include <utility>
+
+#include "norm/cuda/backward.cuh"
+#include "norm/cuda/launch.h"
+
+namespace inlay::norm::cuda {
+
+template <typename T, Role kRole, bool kBias, int kIndex>
+Launch<BackwardParams> backward_launch(const BackwardParams& params) {
+  constexpr Shape kShape = kBackwardShapes[kIndex];
+  return resident_launch<backward_kernel<T, kRole, kBias, kIndex>, kShape.threads,
+                         sizeof(BackwardBuffer<kRole, kIndex>), BackwardParams>(
+      (params.rows + kShape.rows_per_block() - 1) / kShape.rows_per_block());
+}
+
+template <typename T, Role kRole, bool kBias, int... kIndices>
+Launch<BackwardParams> backward_launch(const BackwardParams& params, int shape,
+                                       std::integer_sequence<int, kIndices...>) {
+  using Find = Launch<BackwardParams> (*)(const BackwardParams&);
+  static constexpr Find kFind[] = {backward_launch<T, kRole, kBias, kIndices>...};
+  return kFind[shape](params);
+}
+
+template <typename T>
+Launch<BackwardParams> register_backward(const BackwardParams& params, Role role, int shape) {
+  constexpr auto kIndices = std::make_integer_sequence<int, std::size(kBackwardShapes)>{};
+  switch (role) {
+    case Role::residual:
+      return backward_launch<T, Role::residual, false>(params, shape, kIndices);
+    case Role::gated:
+      return backward_launch<T, Role::gated, false>(params, shape, kIndices);
+    default:
+      return params.dbias.data ? backward_launch<T, Role::plain, true>(params, shape, kIndices)
+                               : backward_launch<T, Role::plain, false>(params, shape, kIndices);
+  }
+}
+
+}  // namespace inlay::norm::cuda

@@ -1,0 +1,38 @@
+// Picks the forward kernel of a role and a row of the shape table; instantiated per dtype in forward_<dtype>.cu.
+#pragma once
+
+#include <utility>
+
+#include "norm/cuda/forward.cuh"
+#include "norm/cuda/launch.h"
+
+namespace inlay::norm::cuda {
+
+template <typename T, Role kRole, int kIndex>
+Launch<ForwardParams> forward_launch(const ForwardParams& params) {
+  constexpr Shape kShape = kForwardShapes[kIndex];
+  return block_per_piece_launch<forward_kernel<T, kRole, kIndex>, kShape.threads, ForwardParams>(
+      (params.rows + kShape.rows_per_block() - 1) / kShape.rows_per_block());
+}
+
+template <typename T, Role kRole, int... kIndices>
+Launch<ForwardParams> forward_launch(const ForwardParams& params, int shape, std::integer_sequence<int, kIndices...>) {
+  using Find = Launch<ForwardParams> (*)(const ForwardParams&);
+  static constexpr Find kFind[] = {forward_launch<T, kRole, kIndices>...};
+  return kFind[shape](params);
+}
+
+template <typename T>
+Launch<ForwardParams> register_forward(const ForwardParams& params, Role role, int shape) {
+  constexpr auto kIndices = std::make_integer_sequence<int, std::size(kForwardShapes)>{};
+  switch (role) {
+    case Role::residual:
+      return forward_launch<T, Role::residual>(params, shape, kIndices);
+    case Role::gated:
+      return forward_launch<T, Role::gated>(params, shape, kIndices);
+    default:
+      return forward_launch<T, Role::plain>(params, shape, kIndices);
+  }
+}
+
+}  // namespace inlay::norm::cuda
