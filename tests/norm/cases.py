@@ -35,7 +35,7 @@ class Case:
     def __str__(self) -> str:
         tensors = {name: getattr(self, name) for name in ("weight", "bias", "residual")}
         parts = [f"{name}_{'x' if dtype == X else short_name(dtype)}" for name, dtype in tensors.items() if dtype]
-        values = (str(value).removeprefix("torch.") for value in self.options.values())
+        values = ("x" if value == X else str(value).removeprefix("torch.") for value in self.options.values())
         return "-".join([self.function, *parts, *(f"{name}_{value}" for name, value in zip(self.options, values))])
 
     def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensors:
@@ -60,12 +60,15 @@ class Case:
         return tensors
 
     def run(self, namespace: ModuleType, tensors: Tensors) -> tuple[Tensor, ...]:
-        outputs = getattr(namespace, self.function)(**tensors, **self.options)
+        options, dtype = dict(self.options), tensors["x"].dtype
+        if "residual_dtype" in options and (options["residual_dtype"] == X or dtype == torch.float64):
+            options["residual_dtype"] = dtype
+        outputs = getattr(namespace, self.function)(**tensors, **options)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def run_exact(self, tensors: Tensors) -> tuple[Tensor, ...]:
         """The reference in float64, with the eps of the narrower dtype and no rounding in between."""
-        options = {name: value for name, value in self.options.items() if name != "residual_dtype"}
+        options = dict(self.options)
         if "rms_norm" in self.function:
             options["eps"] = default_eps(tensors["x"].dtype, options.get("eps"))
         wide = Case(self.function, options=options)
@@ -94,7 +97,7 @@ CASES = [
     Case("add_rms_norm", residual=X, options={"weight_offset": 1.0, "eps": 1e-6}),
     Case("add_rms_norm", residual=X, options={"rounding": "stepwise", "eps": 1e-6}),
     Case("add_rms_norm", residual=F32),
-    Case("add_rms_norm", residual=F32, bias=X, options={"residual_dtype": None, "rounding": "stepwise"}),
+    Case("add_rms_norm", residual=F32, bias=X, options={"residual_dtype": X, "rounding": "stepwise"}),
     Case("add_rms_norm", residual=X, weight=F32, options={"residual_dtype": F32}),
     Case("add_rms_norm", residual=X, weight=None),
     Case("gated_rms_norm", gate=X),
