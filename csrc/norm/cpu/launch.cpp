@@ -100,7 +100,8 @@ template <class A> void backward_group(const BackwardParams& p, int64_t begin, i
       A dy = load<A>(p.dy.data, p.dy.dtype, p.dy.layout.offset(r) + i);
       const A w = p.weight.data ? load<A>(p.weight.data, p.weight.dtype, i) + static_cast<A>(p.weight_offset) : A(1);
       if (p.gate.data && !p.gate_first) {
-        store(p.dgate.data, p.dgate.dtype, r * p.width + i, dy * n[i] * w * act_grad(p.activation, z));
+        const A b = p.bias.data ? load<A>(p.bias.data, p.bias.dtype, i) : A(0);
+        store(p.dgate.data, p.dgate.dtype, r * p.width + i, dy * (n[i] * w + b) * act_grad(p.activation, z));
         dy *= act(p.activation, z);
       }
       if (dweight) dweight[i] += dy * n[i];

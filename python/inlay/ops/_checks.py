@@ -76,7 +76,9 @@ def choice(op: str, argument: str, value: str, choices: Mapping[str, _Value]) ->
 def dense_gradient(gradient: Tensor) -> Tensor:
     """A gradient in strides that kernels read: autograd hands over any, those of ``y.sum()`` are all 0."""
     dense = gradient.shape[-1] <= 1 or gradient.stride(-1) == 1
-    return gradient if dense and _row_levels(gradient) <= _MAX_ROW_LEVELS else gradient.contiguous()
+    if dense and _row_levels(gradient) <= _MAX_ROW_LEVELS:
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -86,7 +88,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _dense_rows(op: str, argument: str, tensor: Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
         raise ValueError(
             f"{op}: {argument} must have stride 1 in its last dimension, got strides {list(tensor.stride())};"
             " call .contiguous() first"
