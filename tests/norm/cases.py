@@ -36,7 +36,9 @@ class Case:
         tensors = {name: getattr(self, name) for name in ("weight", "bias", "residual")}
         parts = [f"{name}_{'x' if dtype == X else short_name(dtype)}" for name, dtype in tensors.items() if dtype]
         values = ("x" if value == X else str(value).removeprefix("torch.") for value in self.options.values())
-        return "-".join([self.function, *parts, *(f"{name}_{value}" for name, value in zip(self.options, values))])
+        return "-".join(
+            [self.function, *parts, *(f"{name}_{value}" for name, value in zip(self.options, values, strict=True))]
+        )
 
     def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensors:
         """Random tensors; float64 x takes float64 everywhere."""
@@ -132,8 +134,8 @@ def gradients(case: Case, namespace: ModuleType | None, tensors: Tensors, douts:
         leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
         douts = tuple(None if dout is None else dout.double() for dout in douts)
     outputs = case.run_exact(leaves) if namespace is None else case.run(namespace, leaves)
-    wanted = [(output, dout) for output, dout in zip(outputs, douts) if dout is not None]
-    torch.autograd.backward(*zip(*wanted))
+    wanted = [(output, dout) for output, dout in zip(outputs, douts, strict=True) if dout is not None]
+    torch.autograd.backward(*zip(*wanted, strict=True))
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 

@@ -7,7 +7,7 @@ import torch
 
 import inlay
 from inlay import reference
-from tests.norm.cases import BASIC, CASES, ROWS, WIDTHS, F32, X, Case, check_gradients, gradients, random_like
+from tests.norm.cases import BASIC, CASES, F32, ROWS, WIDTHS, Case, X, check_gradients, gradients, random_like
 from tests.support.compare import assert_same_bits, assert_within_budget
 from tests.support.devices import each_dtype
 
@@ -44,7 +44,7 @@ def test_gradcheck(case):
     tensors = case.inputs((2, 3, 5), torch.float64, "cpu")
     names = list(tensors)
     leaves = tuple(tensor.requires_grad_() for tensor in tensors.values())
-    assert torch.autograd.gradcheck(lambda *values: case.run(inlay, dict(zip(names, values))), leaves)
+    assert torch.autograd.gradcheck(lambda *values: case.run(inlay, dict(zip(names, values, strict=True))), leaves)
 
 
 @pytest.mark.parametrize("used", [(True, False), (False, True)], ids=["y", "residual_out"])
@@ -60,7 +60,7 @@ def test_gradcheck(case):
 def test_one_of_two_outputs_used(case, used, device):
     tensors = case.inputs((6, 192), torch.bfloat16, device)
     douts = random_like(case.run(inlay, tensors))
-    douts = tuple(dout if use else None for dout, use in zip(douts, used))
+    douts = tuple(dout if use else None for dout, use in zip(douts, used, strict=True))
     if used[0]:
         return check_gradients(case, tensors, douts)
     actual, eager = (gradients(case, namespace, tensors, douts) for namespace in (inlay, reference))
@@ -147,7 +147,7 @@ def test_activation_checkpointing(use_reentrant, device):
     plain = torch.autograd.grad(block(*leaves).square().sum(), leaves)
     checkpointed = torch.utils.checkpoint.checkpoint(block, *leaves, use_reentrant=use_reentrant)
     checkpointed.square().sum().backward()
-    for leaf, grad in zip(leaves, plain):
+    for leaf, grad in zip(leaves, plain, strict=True):
         assert_same_bits(leaf.grad, grad, "gradient")
 
 

@@ -242,7 +242,7 @@ class _Norm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, gate, eps, weight_offset, kind, rounding, activation, gate_first = inputs
+        x, weight, bias, gate, _eps, weight_offset, kind, _rounding, activation, gate_first = inputs
         _, stats = output
         ctx.save_for_backward(x, weight, bias, gate, stats)
         ctx.mark_non_differentiable(stats)
@@ -276,7 +276,7 @@ class _AddNorm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, residual, weight, bias, eps, weight_offset, kind, rounding, residual_dtype = inputs
+        x, residual, weight, bias, _eps, weight_offset, kind, _rounding, _residual_dtype = inputs
         _, residual_out, stats = output
         ctx.save_for_backward(residual_out, weight, bias, stats)
         ctx.mark_non_differentiable(stats)
