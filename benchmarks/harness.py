@@ -105,47 +105,39 @@ class Row:
 
 @dataclass(frozen=True)
 class Bar:
-    """A speed the project promises: its text, and whether a row meets it given the same case's other rows."""
+    """A speed the project promises, judged on a row and, where it names a baseline, that implementation's row."""
 
     text: str
-    met: Callable[[Row, dict[str, Row]], bool]
+    met: Callable[[Row, Row], bool]
+    baseline: str | None = None
 
 
 def at_least_copy(share: float) -> Bar:
-    return Bar(f">= {share:.2f} of copy", lambda row, others: row.copy_share >= share)
+    return Bar(f">= {share:.2f} of copy", lambda row, _: row.copy_share >= share)
 
 
 def at_most_us(limit: float) -> Bar:
-    return Bar(f"<= {limit} us", lambda row, others: row.median_us <= limit)
+    return Bar(f"<= {limit} us", lambda row, _: row.median_us <= limit)
 
 
 def at_most_times(factor: float, baseline: str) -> Bar:
-    return Bar(
-        f"<= {factor:g} x {baseline}",
-        lambda row, others: baseline in others and row.median_us <= factor * others[baseline].median_us,
-    )
+    return Bar(f"<= {factor:g} x {baseline}", lambda row, base: row.median_us <= factor * base.median_us, baseline)
 
 
 def times_faster_than(factor: float, baseline: str) -> Bar:
-    return Bar(
-        f">= {factor:g} x faster than {baseline}",
-        lambda row, others: baseline in others and factor * row.median_us <= others[baseline].median_us,
-    )
+    return Bar(f">= {factor:g} x {baseline}", lambda row, base: factor * row.median_us <= base.median_us, baseline)
 
 
 def judged(rows: Sequence[Row], subject: str, bars: Sequence[Bar]) -> list[Row]:
-    """The rows of one case and mode, the subject's with its bars and whether all are met."""
-    others = {row.implementation: row for row in rows}
-    return [
-        replace(
-            row,
-            bar="; ".join(bar.text for bar in bars),
-            met="yes" if all(bar.met(row, others) for bar in bars) else "no",
-        )
-        if bars and row.implementation == subject
-        else row
-        for row in rows
-    ]
+    """The rows of one case and mode; the subject's says which bars it has, and whether all are met."""
+    by_name = {row.implementation: row for row in rows}
+    own = by_name.get(subject)
+    bars = [bar for bar in bars if bar.baseline is None or bar.baseline in by_name]
+    if own is None or not bars:
+        return list(rows)
+    met = all(bar.met(own, by_name.get(bar.baseline or subject, own)) for bar in bars)
+    marked = replace(own, bar="; ".join(bar.text for bar in bars), met="yes" if met else "no")
+    return [marked if row is own else row for row in rows]
 
 
 def row(case: str, mode: str, implementation: str, timing: Timing, moved: int, copy: float, note: str = "") -> Row:
@@ -264,10 +256,7 @@ def environment(device: str, packages: Iterable[str], copy: float) -> dict[str, 
         "date": date.today().isoformat(),
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if device == "cuda"
-        else "",
-        "threads": str(torch.get_num_threads()) if device == "cpu" else "",
+        "driver": _driver() if device == "cuda" else "",
         "copy": f"{copy / 1e9:.1f} GB/s",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -329,6 +318,10 @@ def free_memory() -> None:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _driver() -> str:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def _output(*command: str) -> str:

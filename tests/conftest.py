@@ -1,4 +1,4 @@
-"""Fixtures and settings shared by every test. Tests marked `cuda` are skipped, with the reason, where they cannot run."""
+"""Fixtures and settings shared by every test. Tests marked `cuda` are skipped where they cannot run, saying why."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _FLOOR_ULPS = {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 2.0, torc
 
 
 def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
-    """Error of ``actual`` against ``exact``: elementwise maximum and relative L2 at most twice eager's, plus the floor."""
+    """Error of ``actual`` against ``exact``: maximum and relative L2 at most twice eager's, plus the floor."""
     _assert_same_form(actual, eager, what)
     assert exact.shape == actual.shape, f"{what}: shape {list(actual.shape)}, exact {list(exact.shape)}"
     assert_same_non_finite(actual, eager, what)
