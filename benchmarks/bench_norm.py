@@ -13,10 +13,6 @@ from benchmarks.harness import Bar, Call, Options, Row
 from benchmarks.norm_rivals import EPS, IMPLEMENTATIONS, PACKAGES, Implementation, Op, Tensors
 from inlay import reference
 
-__all__ = ["OPS", "PACKAGES", "SUBJECT", "run"]
-
-# Native ops that these benchmarks time.
-OPS = ("norm", "norm_fwd", "norm_bwd", "add_norm", "add_norm_fwd")
 SUBJECT = "inlay"
 
 _DTYPE = torch.bfloat16
@@ -25,11 +21,12 @@ _ROW_TENSORS = {
     "add_rms_norm": ("x", "residual"),
     "gated_rms_norm": ("x", "gate"),
     "layer_norm": ("x",),
+    "l2_norm": ("x",),
 }
 _GRADIENTS = {"add_rms_norm": ("dy", "dresidual_out")}
 # Tensors of rows that a backward reads and writes: gradients and saved rows in, gradients out. The sum of a residual
 # add has one gradient for both its terms.
-_BACKWARD_TRAFFIC = {"rms_norm": 3, "add_rms_norm": 4, "gated_rms_norm": 5, "layer_norm": 3}
+_BACKWARD_TRAFFIC = {"rms_norm": 3, "add_rms_norm": 4, "gated_rms_norm": 5, "layer_norm": 3, "l2_norm": 3}
 _TOLERANCE = 0.02  # relative L2, for a rival to count as computing the same thing in bf16
 
 
@@ -178,6 +175,8 @@ def _cases(device: str, quick: bool) -> Iterator[Case]:
     for width in [3072] if quick else [1536, 3072]:
         for direction in ("forward", "backward"):
             yield Case("layer_norm", direction, 16384, width)
+    for direction in ("forward", "backward"):
+        yield Case("l2_norm", direction, 262144, 128)
     for rows in (1, 8, 64):
         for width in [4096] if quick else [2048, 4096, 5120]:
             for op in ("rms_norm", "add_rms_norm"):
@@ -194,13 +193,17 @@ def _cpu_cases(quick: bool) -> Iterator[Case]:
     for direction in ("forward", "backward"):
         yield Case("gated_rms_norm", direction, elements // 128, 128, modes=("eager",), bars={"eager": (share, faster)})
         yield Case("layer_norm", direction, elements // 1536, 1536, modes=("eager",), bars={"eager": (share,)})
+        yield Case("l2_norm", direction, elements // 128, 128, modes=("eager",), bars={"eager": (share, faster)})
 
 
 def _exact(op: str) -> Op:
     function = getattr(reference, op)
-    names = (*_ROW_TENSORS[op], "scale", *(["bias"] if op == "layer_norm" else []))
+    names = (*_ROW_TENSORS[op], *{"layer_norm": ("scale", "bias"), "l2_norm": ()}.get(op, ("scale",)))
     return lambda t, style: function(*(t[name] for name in names), eps=EPS)
 
 
 def _tuple(value: object) -> tuple:
     return value if isinstance(value, tuple) else (value,)
+
+
+FAMILY = harness.Family(tuple(_ROW_TENSORS), SUBJECT, PACKAGES, run)

@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
@@ -46,6 +46,16 @@ class Options:
 
     def chosen(self, names: Iterable[str], subject: str) -> list[str]:
         return [name for name in names if name == subject or self.rivals is None or name in self.rivals]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the registry knows of an op family's benchmarks."""
+
+    functions: tuple[str, ...]  # public functions that are timed
+    subject: str  # our implementation's name in the rows
+    packages: tuple[str, ...]  # whose versions a results file names
+    run: Callable[[Options], Iterator[Row]]
 
 
 class Patience:

@@ -33,6 +33,7 @@ def ours() -> Implementation:
         ),
         "gated_rms_norm": lambda t, style: inlay.gated_rms_norm(t["x"], t["gate"], t["weight"], eps=EPS),
         "layer_norm": lambda t, style: inlay.layer_norm(t["x"], t["weight"], t["bias"], eps=EPS),
+        "l2_norm": lambda t, style: inlay.l2_norm(t["x"], eps=EPS),
     }
 
 
@@ -50,6 +51,10 @@ def eager() -> Implementation:
         residual = t["residual"] + t["x"]
         return rms_norm(residual, t["weight"], style), residual
 
+    def l2_norm(t: Tensors, style: str) -> Tensor:
+        wide = t["x"].float()
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + EPS)).to(t["x"].dtype)
+
     def gated_rms_norm(t: Tensors, style: str) -> Tensor:
         normalised = rms_norm(t["x"], t["weight"], "stepwise")
         return (normalised * F.silu(t["gate"].float())).to(t["x"].dtype)
@@ -58,6 +63,7 @@ def eager() -> Implementation:
         "rms_norm": lambda t, style: rms_norm(t["x"], t["weight"], style),
         "add_rms_norm": add_rms_norm,
         "gated_rms_norm": gated_rms_norm,
+        "l2_norm": l2_norm,
     }
 
 
@@ -76,6 +82,7 @@ def fused_torch() -> Implementation:
         "add_rms_norm": add_rms_norm,
         "gated_rms_norm": lambda t, style: rms_norm(t["x"], t["scale"]) * F.silu(t["gate"]),
         "layer_norm": lambda t, style: F.layer_norm(t["x"], t["x"].shape[-1:], t["weight"], t["bias"], EPS),
+        "l2_norm": lambda t, style: F.normalize(t["x"], dim=-1),
     }
 
 

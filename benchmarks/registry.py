@@ -1,10 +1,8 @@
-"""Every op family's benchmark module. A module has OPS (the native ops it times), PACKAGES (whose versions its results
-name), SUBJECT (our implementation's name) and run(options), which yields rows."""
+"""Every op family that can be benchmarked, by the name given to run.py."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from benchmarks import bench_norm
+from benchmarks.harness import Family
 
-FAMILIES: dict[str, ModuleType] = {"norm": bench_norm}
+FAMILIES: dict[str, Family] = {"norm": bench_norm.FAMILY}

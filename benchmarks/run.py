@@ -45,7 +45,7 @@ def main() -> int:
         filter=arguments.filter,
         copy=harness.copy_bandwidth(arguments.device, arguments.quick),
     )
-    about = harness.environment(options.device, family.PACKAGES, options.copy)
+    about = harness.environment(options.device, family.packages, options.copy)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
     rows = []
     with harness.side_stream(options.device):

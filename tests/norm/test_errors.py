@@ -43,10 +43,8 @@ FUNCTIONS = {
 
 
 def arguments(function) -> dict[str, torch.Tensor]:
-    rows = {"x": torch.randn(4, 8)} | {
-        name: torch.randn(4, 8) for name in ("residual", "gate") if name in FUNCTIONS[function]
-    }
-    return rows | {name: torch.randn(8) for name in ("weight", "bias") if name in FUNCTIONS[function]}
+    shapes = {"weight": (8,), "bias": (8,)}
+    return {name: torch.randn(shapes.get(name, (4, 8))) for name in ("x", *FUNCTIONS[function])}
 
 
 def public_cases():

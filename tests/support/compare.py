@@ -48,8 +48,8 @@ def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor, what: str
 def assert_matches_eager(actual: Tensor, eager: Tensor, what: str, share: float = 0.999, ulps: int | None = 1) -> None:
     """At least ``share`` of the values equal eager's bit for bit, the rest differ by at most ``ulps`` units.
 
-    A value that is rounded again after a multiplication may differ by twice as many units as before it, since units grow
-    with the magnitude in steps of two. ``ulps`` None sets no limit, for sums that may cancel.
+    A value that is rounded again after a multiplication may differ by twice as many units as before it, since units
+    grow with the magnitude in steps of two. ``ulps`` None sets no limit, for sums that may cancel.
     """
     _assert_same_form(actual, eager, what)
     assert_same_non_finite(actual, eager, what)
