@@ -13,25 +13,6 @@ namespace {
 
 struct Any {};
 
-template <class T>
-constexpr bool holds(DType dtype);
-template <>
-constexpr bool holds<float>(DType dtype) {
-  return dtype == DType::f32;
-}
-template <>
-constexpr bool holds<bf16>(DType dtype) {
-  return dtype == DType::bf16;
-}
-template <>
-constexpr bool holds<f16>(DType dtype) {
-  return dtype == DType::f16;
-}
-template <>
-constexpr bool holds<double>(DType dtype) {
-  return dtype == DType::f64;
-}
-
 // The value that storing v as T and loading it again gives.
 template <class Vec, class T>
 struct Rounder {
@@ -47,7 +28,7 @@ template <class Vec>
 struct Rounder<Vec, Any> {
   DType dtype;
   explicit Rounder(DType dtype) : dtype(dtype) {}
-  INLAY_INLINE Vec operator()(Vec v) const {
+  [[gnu::noinline]] Vec operator()(Vec v) const {
     if (dtype == DType::bf16) return Vec::round(v, bf16{});
     if (dtype == DType::f16) return Vec::round(v, f16{});
     return v;
@@ -73,8 +54,9 @@ class RowReader<Vec, Any> {
  public:
   INLAY_INLINE RowReader(const RowTensor& tensor, int64_t row)
       : data_(tensor.data), offset_(tensor.layout.offset(row)), dtype_(tensor.dtype) {}
+  // Out of line, here and below: being many, the calls would take most of the time to compile a kernel.
   template <class Lanes>
-  INLAY_INLINE Vec load(int64_t i, Lanes lanes) const {
+  [[gnu::noinline]] Vec load(int64_t i, Lanes lanes) const {
     if (dtype_ == DType::bf16) return Vec::load(static_cast<const bf16*>(data_) + offset_ + i, lanes);
     if (dtype_ == DType::f16) return Vec::load(static_cast<const f16*>(data_) + offset_ + i, lanes);
     return Vec::load(static_cast<const float*>(data_) + offset_ + i, lanes);
@@ -119,7 +101,7 @@ class RowWriter<Vec, Any> {
   INLAY_INLINE RowWriter(const OutputTensor& tensor, int64_t row, int64_t width, bool)
       : data_(tensor.data), offset_(row * width), dtype_(tensor.dtype) {}
   template <class Lanes>
-  INLAY_INLINE void store(int64_t i, Vec v, Lanes lanes) const {
+  [[gnu::noinline]] void store(int64_t i, Vec v, Lanes lanes) const {
     if (dtype_ == DType::bf16) {
       Vec::store(static_cast<bf16*>(data_) + offset_ + i, v, lanes);
     } else if (dtype_ == DType::f16) {

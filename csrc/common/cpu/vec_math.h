@@ -18,13 +18,13 @@ INLAY_INLINE Vec exp(Vec v) {
   // ln 2 in two parts; the first has so few bits that n times it is exact.
   Vec r = fma(n, constant(-0x1.62e4p-1f), v);
   r = fma(n, constant(-0x1.7f7d1cp-20f), r);
-  Vec series = constant(1.0f / 5040);
-  series = fma(series, r, constant(1.0f / 720));
-  series = fma(series, r, constant(1.0f / 120));
-  series = fma(series, r, constant(1.0f / 24));
-  series = fma(series, r, constant(1.0f / 6));
-  series = fma(series, r, constant(0.5f));
-  return scale(fma(series, r * r, r) + constant(1.0f), n);
+  // Pairs of terms side by side: a chain of six would be all latency.
+  const Vec r2 = r * r;
+  const Vec terms23 = fma(r, constant(1.0f / 6), constant(0.5f));
+  const Vec terms45 = fma(r, constant(1.0f / 120), constant(1.0f / 24));
+  const Vec terms67 = fma(r, constant(1.0f / 5040), constant(1.0f / 720));
+  const Vec series = fma(fma(terms67, r2, terms45), r2, terms23);
+  return scale(fma(series, r2, r) + constant(1.0f), n);
 }
 
 template <class Vec>

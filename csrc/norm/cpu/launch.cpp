@@ -1,11 +1,12 @@
 // Chooses the kernels for this machine and splits the rows over torch's threads.
 #include <torch/csrc/stable/ops.h>
-#include <unistd.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 
 #include "common/cpu/isa.h"
+#include "common/cpu/memory.h"
 #include "norm/cpu/kernels.h"
 
 namespace inlay::norm {
@@ -37,24 +38,18 @@ std::unique_ptr<char[]> make_scratch(int64_t scratch_rows, int64_t width, DType 
   return std::unique_ptr<char[]>(new char[scratch_rows * width * element_size]);
 }
 
-int64_t last_level_cache_bytes() {
-  static const int64_t bytes = [] {
-    constexpr int64_t kDefault = int64_t{32} << 20;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    const int64_t reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (reported > 0) return reported;
-#endif
-    return kDefault;
-  }();
-  return bytes;
+// Makes outputs of this many elements ready to be written. Returns whether to stream them past the caches: when they
+// would push each other out before anyone reads them.
+bool prepare_outputs(std::initializer_list<OutputTensor> outputs, int64_t elements) {
+  int64_t total = 0;
+  for (const OutputTensor& output : outputs) {
+    if (!output.data) continue;
+    const int64_t bytes = elements * size_of(output.dtype);
+    cpu::prefer_huge_pages(output.data, bytes);
+    total += bytes;
+  }
+  return total > cpu::last_level_cache_bytes() / 2;
 }
-
-int64_t bytes_of(const OutputTensor& output, int64_t elements) {
-  return output.data ? elements * size_of(output.dtype) : 0;
-}
-
-// Whether outputs of this size would push each other out of the cache before anyone reads them.
-bool exceeds_caches(int64_t output_bytes) { return output_bytes > last_level_cache_bytes() / 2; }
 
 int64_t grain(int64_t elements) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements)); }
 
@@ -62,8 +57,7 @@ int64_t grain(int64_t elements) { return std::max<int64_t>(1, kElementsPerThread
 
 void forward(const ForwardParams& p, void*) {
   const Kernels& kernels = kernels_for(p.x.dtype);
-  const int64_t elements = p.rows * p.width;
-  const bool stream = exceeds_caches(bytes_of(p.y, elements) + bytes_of(p.residual_out, elements));
+  const bool stream = prepare_outputs({p.y, p.residual_out}, p.rows * p.width);
   torch::stable::parallel_for(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
     const auto scratch = make_scratch(kForwardScratch, p.width, p.x.dtype);
     kernels.forward(p, begin, end, scratch.get(), stream);
@@ -77,8 +71,7 @@ int64_t partial_rows(const BackwardParams& p) { return std::clamp<int64_t>(p.row
 void backward(const BackwardParams& p, void*) {
   const Kernels& kernels = kernels_for(p.dx.dtype);
   const int64_t elements = p.rows * p.width;
-  const bool stream =
-      exceeds_caches(bytes_of(p.dx, elements) + bytes_of(p.dresidual, elements) + bytes_of(p.dgate, elements));
+  const bool stream = prepare_outputs({p.dx, p.dresidual, p.dgate}, elements);
   const int64_t groups = partial_rows(p);
   torch::stable::parallel_for(0, groups, grain(elements / groups), [&](int64_t begin, int64_t end) {
     const auto scratch = make_scratch(kBackwardScratch, p.width, p.dx.dtype);
