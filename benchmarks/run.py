@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file"
     )
+    parser.add_argument("--commit", default="", help="what was measured, where the sources are without git")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA GPU")
@@ -45,7 +46,7 @@ def main() -> int:
         filter=arguments.filter,
         copy=harness.copy_bandwidth(arguments.device, arguments.quick),
     )
-    about = harness.environment(options.device, family.packages, options.copy)
+    about = harness.environment(options.device, family.packages, options.copy, arguments.commit)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
     rows = []
     with harness.side_stream(options.device):

@@ -56,7 +56,7 @@ def test_a_rival_that_cannot_be_imported_is_absent(capsys):
         raise ImportError("no module named rival")
 
     assert harness.importable({"ours": dict, "rival": missing}, ["ours", "rival"]) == {"ours": {}}
-    assert "rival: absent (no module named rival)" in capsys.readouterr().out
+    assert "rival: absent (ImportError: no module named rival)" in capsys.readouterr().out
 
 
 def test_results_survive_their_file(tmp_path):
