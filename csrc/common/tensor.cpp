@@ -70,8 +70,8 @@ DType promote(DType a, DType b) {
 }
 
 void check_dense_rows(const TensorInfo& tensor) {
-  STD_TORCH_CHECK(tensor.width() <= 1 || tensor.strides[tensor.dim - 1] == 1, tensor.op, ": ", tensor.name,
-                  " must have stride 1 in its last dimension, got strides ", list(tensor.strides, tensor.dim));
+  STD_TORCH_CHECK(tensor.width() <= 1 || tensor.strides[tensor.dim - 1] == 1 || tensor.rows() == 0, tensor.op, ": ",
+                  tensor.name, " must have stride 1 in its last dimension, got strides ", list(tensor.strides, tensor.dim));
 }
 
 void check_same_shape(const TensorInfo& tensor, const TensorInfo& reference) {

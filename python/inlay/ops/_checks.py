@@ -15,6 +15,7 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+_MAX_ROW_LEVELS = 3  # distinct strides of leading dimensions that kernels follow, see csrc/common/rows.h
 _Value = TypeVar("_Value")
 
 
@@ -72,6 +73,14 @@ def choice(op: str, argument: str, value: str, choices: Mapping[str, _Value]) ->
         raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}") from None
 
 
+def dense_gradient(gradient: Tensor) -> Tensor:
+    """A gradient in strides that kernels read: autograd hands over any, those of ``y.sum()`` are all 0."""
+    dense = gradient.shape[-1] <= 1 or gradient.stride(-1) == 1
+    if dense and _row_levels(gradient) <= _MAX_ROW_LEVELS:
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
@@ -79,8 +88,28 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _dense_rows(op: str, argument: str, tensor: Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
         raise ValueError(
             f"{op}: {argument} must have stride 1 in its last dimension, got strides {list(tensor.stride())};"
             " call .contiguous() first"
         )
+    if _row_levels(tensor) > _MAX_ROW_LEVELS:
+        raise ValueError(
+            f"{op}: {argument} must have leading dimensions that merge into at most {_MAX_ROW_LEVELS}, got shape"
+            f" {list(tensor.shape)} with strides {list(tensor.stride())}; call .contiguous() first"
+        )
+
+
+def _row_levels(tensor: Tensor) -> int:
+    """How many leading dimensions remain once those that lie evenly in memory are merged."""
+    if tensor.dim() - 1 <= _MAX_ROW_LEVELS:
+        return tensor.dim() - 1
+    levels, size, stride = 0, 1, 0
+    for i in range(tensor.dim() - 2, -1, -1):
+        if tensor.shape[i] == 1:
+            continue
+        if levels > 0 and tensor.stride(i) == stride * size:
+            size *= tensor.shape[i]
+        else:
+            levels, size, stride = levels + 1, tensor.shape[i], tensor.stride(i)
+    return levels

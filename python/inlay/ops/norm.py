@@ -242,7 +242,7 @@ class _Norm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, gate, eps, weight_offset, kind, rounding, activation, gate_first = inputs
+        x, weight, bias, gate, _eps, weight_offset, kind, _rounding, activation, gate_first = inputs
         _, stats = output
         ctx.save_for_backward(x, weight, bias, gate, stats)
         ctx.mark_non_differentiable(stats)
@@ -255,7 +255,7 @@ class _Norm(Function):
         weight_offset, kind, activation, gate_first = ctx.constants
         _, needs_weight, needs_bias, _, *_ = ctx.needs_input_grad
         dx, _, dgate, dweight, dbias = _norm_bwd(
-            dy, None, x, stats, weight, bias, gate, weight_offset, kind, activation, gate_first,
+            checks.dense_gradient(dy), None, x, stats, weight, bias, gate, weight_offset, kind, activation, gate_first,
             x.dtype, x.dtype, needs_weight, needs_bias,
         )  # fmt: skip
         return (
@@ -276,7 +276,7 @@ class _AddNorm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, residual, weight, bias, eps, weight_offset, kind, rounding, residual_dtype = inputs
+        x, residual, weight, bias, _eps, weight_offset, kind, _rounding, _residual_dtype = inputs
         _, residual_out, stats = output
         ctx.save_for_backward(residual_out, weight, bias, stats)
         ctx.mark_non_differentiable(stats)
@@ -293,6 +293,9 @@ class _AddNorm(Function):
             if dresidual_out is None:
                 return (None,) * 9
             return dresidual_out.to(x_dtype), dresidual_out.to(residual_dtype), *[None] * 7
+        dy = checks.dense_gradient(dy)
+        if dresidual_out is not None:
+            dresidual_out = checks.dense_gradient(dresidual_out)
         dx, dresidual, _, dweight, dbias = _norm_bwd(
             dy, dresidual_out, residual_out, stats, weight, bias, None, weight_offset, kind, Activation.SILU, False,
             x_dtype, residual_dtype, needs_weight, needs_bias,

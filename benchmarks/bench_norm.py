@@ -1,0 +1,210 @@
+"""Norm benchmarks: every shape and promise of the norm family, ours beside every rival on the same tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.harness import Bar, Call, Options, Row
+from benchmarks.norm_rivals import EPS, IMPLEMENTATIONS, PACKAGES, Implementation, Op, Tensors
+from inlay import reference
+
+SUBJECT = "inlay"
+
+_DTYPE = torch.bfloat16
+_ROW_TENSORS = {
+    "rms_norm": ("x",),
+    "add_rms_norm": ("x", "residual"),
+    "gated_rms_norm": ("x", "gate"),
+    "layer_norm": ("x",),
+    "l2_norm": ("x",),
+}
+_GRADIENTS = {"add_rms_norm": ("dy", "dresidual_out")}
+# Tensors of rows that a backward reads and writes: gradients and saved rows in, gradients out. The sum of a residual
+# add has one gradient for both its terms.
+_BACKWARD_TRAFFIC = {"rms_norm": 3, "add_rms_norm": 4, "gated_rms_norm": 5, "layer_norm": 3, "l2_norm": 3}
+_TOLERANCE = 0.02  # relative L2, for a rival to count as computing the same thing in bf16
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    direction: str
+    rows: int
+    width: int
+    style: str = "stepwise"
+    modes: tuple[str, ...] = ("graph", "eager")
+    bars: dict[str, tuple[Bar, ...]] = field(default_factory=dict)  # per mode
+
+    def __str__(self) -> str:
+        style = " zero-centred" if self.style == "zero_centred" else ""
+        return f"{self.op} {self.direction} {self.rows}x{self.width}{style}"
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        return _GRADIENTS.get(self.op, ("dy",)) if self.direction == "backward" else ()
+
+    def bytes(self) -> int:
+        """Each input read once, each output written once; a backward adds the vectors and the rows' statistics."""
+        matrix, vector = self.rows * self.width * _DTYPE.itemsize, self.width * _DTYPE.itemsize
+        if self.direction == "backward":
+            return _BACKWARD_TRAFFIC[self.op] * matrix + 2 * vector + 4 * self.rows
+        outputs = 2 if self.op == "add_rms_norm" else 1
+        return (len(_ROW_TENSORS[self.op]) + outputs) * matrix + vector
+
+    def tensors(self, device: str) -> Tensors:
+        """Inputs and, for a backward, the outputs' gradients. "scale" is weight plus offset, for rivals without one."""
+        names = _ROW_TENSORS[self.op] + self.gradients
+        tensors = {name: torch.randn(self.rows, self.width, dtype=_DTYPE, device=device) for name in names}
+        tensors["scale"] = 1.0 + 0.1 * torch.randn(self.width, dtype=_DTYPE, device=device)
+        tensors["weight"] = tensors["scale"] - 1.0 if self.style == "zero_centred" else tensors["scale"].clone()
+        if self.op == "layer_norm":
+            tensors["bias"] = 0.1 * torch.randn(self.width, dtype=_DTYPE, device=device)
+        return tensors
+
+    def call(self, op: Op, tensors: Tensors) -> Call:
+        """What is timed: the forward without gradients, or the backward alone, through autograd."""
+        if self.direction == "forward":
+            return torch.no_grad()(lambda: _tuple(op(tensors, self.style)))
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if name not in self.gradients}
+        outputs = _tuple(op(leaves, self.style))
+        inputs, douts = tuple(leaves.values()), tuple(tensors[name] for name in self.gradients)
+        return lambda: torch.autograd.grad(outputs, inputs, douts, retain_graph=True, allow_unused=True)
+
+    def agrees(self, results: tuple[Tensor | None, ...], tensors: Tensors) -> bool:
+        """Whether the call's first rows are those of the float64 reference."""
+        few = {name: t[:16].double() if t.dim() > 1 else t.double() for name, t in tensors.items()}
+        exact = self.call(_exact(self.op), few)()
+        rows = [(a[:16], e) for a, e in zip(results, exact, strict=True) if e is not None and e.dim() > 1]
+        return all((a.double() - e).norm() <= _TOLERANCE * e.norm() for a, e in rows)
+
+
+def run(options: Options) -> Iterator[Row]:
+    makers = {name: maker for name, (maker, devices) in IMPLEMENTATIONS.items() if options.device in devices}
+    implementations = harness.importable(makers, options.chosen(makers, SUBJECT))
+    patience = harness.Patience(options.rival_seconds, unlimited=SUBJECT)
+    for case in _cases(options.device, options.quick):
+        if options.filter in str(case):
+            yield from _measure(case, implementations, options, patience)
+            harness.free_memory()
+    yield from _host(implementations, options)
+
+
+def _measure(
+    case: Case, implementations: dict[str, Implementation], options: Options, patience: harness.Patience
+) -> Iterator[Row]:
+    count = harness.buffer_sets(case.bytes()) if "graph" in case.modes else 1
+    sets = [case.tensors(options.device) for _ in range(count)]
+    rows: dict[str, list[Row]] = {mode: [] for mode in case.modes}
+    for name, implementation in implementations.items():
+        op = implementation.get(case.op)
+        if op is None or not patience.left(name):
+            continue
+        start = time.perf_counter()
+        try:
+            calls = [case.call(op, tensors) for tensors in sets]
+            note = "" if case.agrees(calls[0](), sets[0]) else "result differs"
+            for mode in case.modes:
+                timing = _time(mode, calls, options)
+                rows[mode].append(harness.row(str(case), mode, name, timing, case.bytes(), options.copy, note))
+        except Exception as error:  # a rival that fails is a note, not the end of the run
+            if name == SUBJECT:
+                raise
+            print(f"{name}: {case}: {type(error).__name__}: {error}", flush=True)
+        patience.spend(name, time.perf_counter() - start)
+        calls = []
+        harness.free_memory()
+    for mode in case.modes:
+        yield from harness.judged(rows[mode], SUBJECT, case.bars.get(mode, ()))
+
+
+def _time(mode: str, calls: list[Call], options: Options) -> harness.Timing:
+    if options.device == "cpu":
+        return harness.time_cpu(calls[0], 0.2 if options.quick else 1.0)
+    return harness.time_graph(calls) if mode == "graph" else harness.time_events(calls[0])
+
+
+def _host(implementations: dict[str, Implementation], options: Options) -> Iterator[Row]:
+    """Host time per eager call on tensors too small to keep the device busy, beside ``torch.mul``."""
+    for op, direction in [
+        ("rms_norm", "forward"),
+        ("add_rms_norm", "forward"),
+        ("gated_rms_norm", "forward"),
+        ("rms_norm", "backward"),
+    ]:
+        case = Case(op, direction, 4, 64)
+        if options.filter not in f"host {case}":
+            continue
+        tensors = case.tensors(options.device)
+        x = tensors["x"]
+        calls: dict[str, Call] = {"torch.mul": lambda x=x: torch.mul(x, x)}
+        calls |= {name: case.call(ops[op], tensors) for name, ops in implementations.items() if op in ops}
+        bars = (harness.at_most_times(2.0, "torch.mul"),) if direction == "forward" else ()
+        timings = harness.time_host(calls, per_block=20 if options.quick else 100)
+        rows = [harness.row(f"host {case}", "host", name, t, 0, options.copy) for name, t in timings.items()]
+        yield from harness.judged(rows, SUBJECT, bars)
+
+
+def _cases(device: str, quick: bool) -> Iterator[Case]:
+    if device == "cpu":
+        yield from _cpu_cases(quick)
+        return
+    long_rows, short_rows = [(16384, 2048), (16384, 4096), (8192, 5120)], [(131072, 128), (131072, 256)]
+    shapes = [*long_rows, *short_rows, (8192, 1024)]
+    if quick:
+        shapes = [(16384, 4096), (131072, 256)]
+
+    def bar(shape: tuple[int, int], long: float, short: float, modes: tuple[str, ...] = ("graph",)) -> dict:
+        share = {**dict.fromkeys(long_rows, long), **dict.fromkeys(short_rows, short)}.get(shape)
+        return {} if share is None else dict.fromkeys(modes, (harness.at_least_copy(share),))
+
+    for shape in shapes:
+        yield Case("rms_norm", "forward", *shape, bars=bar(shape, 0.92, 0.90))
+        yield Case("rms_norm", "forward", *shape, style="zero_centred", bars=bar(shape, 0.92, 0.90))
+        yield Case("add_rms_norm", "forward", *shape, bars=bar(shape, 0.94, 0.94))
+        yield Case("rms_norm", "backward", *shape, bars=bar(shape, 0.85, 0.85, ("graph", "eager")))
+        yield Case("add_rms_norm", "backward", *shape)
+    gated = {"graph": (harness.at_least_copy(0.85),)}
+    for rows in [262144] if quick else [262144, 524288]:
+        for direction in ("forward", "backward"):
+            yield Case("gated_rms_norm", direction, rows, 128, bars=gated)
+    for width in [3072] if quick else [1536, 3072]:
+        for direction in ("forward", "backward"):
+            yield Case("layer_norm", direction, 16384, width)
+    for direction in ("forward", "backward"):
+        yield Case("l2_norm", direction, 262144, 128)
+    for rows in (1, 8, 64):
+        for width in [4096] if quick else [2048, 4096, 5120]:
+            for op in ("rms_norm", "add_rms_norm"):
+                yield Case(op, "forward", rows, width, modes=("graph",), bars={"graph": (harness.at_most_us(2.5),)})
+
+
+def _cpu_cases(quick: bool) -> Iterator[Case]:
+    elements = 2**20 if quick else 2**25  # 64 MiB a tensor in bf16
+    share, faster = harness.at_least_copy(0.7), harness.times_faster_than(8.0, "eager")
+    for width in (1024, 4096):
+        for op in ("rms_norm", "add_rms_norm"):
+            for direction in ("forward", "backward"):
+                yield Case(op, direction, elements // width, width, modes=("eager",), bars={"eager": (share, faster)})
+    for direction in ("forward", "backward"):
+        yield Case("gated_rms_norm", direction, elements // 128, 128, modes=("eager",), bars={"eager": (share, faster)})
+        yield Case("layer_norm", direction, elements // 1536, 1536, modes=("eager",), bars={"eager": (share,)})
+        yield Case("l2_norm", direction, elements // 128, 128, modes=("eager",), bars={"eager": (share, faster)})
+
+
+def _exact(op: str) -> Op:
+    function = getattr(reference, op)
+    names = (*_ROW_TENSORS[op], *{"layer_norm": ("scale", "bias"), "l2_norm": ()}.get(op, ("scale",)))
+    return lambda t, style: function(*(t[name] for name in names), eps=EPS)
+
+
+def _tuple(value: object) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+FAMILY = harness.Family(tuple(_ROW_TENSORS), SUBJECT, PACKAGES, run)

@@ -1,0 +1,101 @@
+"""Do the benchmarks run here, judge rightly, and do report tables say what the results files say?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness, report
+from benchmarks.harness import Row, Timing
+
+ROOT = Path(__file__).resolve().parents[2]
+COPY = 100e9
+
+
+def measured(name: str, seconds: float, case: str = "norm forward 16384x4096", mode: str = "graph") -> Row:
+    return harness.row(case, mode, name, Timing(seconds, seconds, seconds), 2**30, COPY)
+
+
+def test_a_row_states_rate_and_share():
+    row = measured("inlay", 2**30 / 50e9)
+    assert (row.gb_s, row.copy_share) == (50.0, 0.5)
+    assert row.median_us == pytest.approx(2**30 / 50e3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("bar", "met"),
+    [
+        (harness.at_least_copy(0.5), "yes"),
+        (harness.at_least_copy(0.6), "no"),
+        (harness.at_most_us(30_000), "yes"),
+        (harness.at_most_us(20_000), "no"),
+        (harness.times_faster_than(2.0, "eager"), "yes"),
+        (harness.times_faster_than(5.0, "eager"), "no"),
+        (harness.at_most_times(0.5, "eager"), "yes"),
+        (harness.at_most_times(0.2, "eager"), "no"),
+    ],
+    ids=lambda value: getattr(value, "text", value),
+)
+def test_bars(bar, met):
+    rows = [measured("inlay", 2**30 / 50e9), measured("eager", 2**30 / 20e9)]
+    own, eager = harness.judged(rows, "inlay", [bar])
+    assert (own.bar, own.met) == (bar.text, met)
+    assert eager == rows[1]
+
+
+def test_a_bar_without_its_baseline_is_not_judged():
+    (own,) = harness.judged([measured("inlay", 1.0)], "inlay", [harness.times_faster_than(8.0, "eager")])
+    assert own.met == ""
+
+
+def test_a_rival_that_cannot_be_imported_is_absent(capsys):
+    def missing():
+        raise ImportError("no module named rival")
+
+    assert harness.importable({"ours": dict, "rival": missing}, ["ours", "rival"]) == {"ours": {}}
+    assert "rival: absent (ImportError: no module named rival)" in capsys.readouterr().out
+
+
+def test_results_survive_their_file(tmp_path):
+    path = tmp_path / "norm-cuda.csv"
+    harness.write_results(path, {"device": "A GPU", "copy": "100.0 GB/s"}, [measured("inlay", 0.02)])
+    about, rows = harness.read_results(path)
+    assert about == {"device": "A GPU", "copy": "100.0 GB/s"}
+    assert rows[0]["implementation"] == "inlay"
+    assert float(rows[0]["copy_share"]) == measured("inlay", 0.02).copy_share
+
+
+def test_report_writes_every_row_and_a_plot(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    about = {"device": "A GPU", "date": "2026-01-02", "commit": "abc", "copy": "100.0 GB/s"}
+    graph_rows = [measured("inlay", 0.02), measured("rival", 0.01)]
+    rows = [*harness.judged(graph_rows, "inlay", [harness.at_least_copy(0.9)]), measured("inlay", 0.03, mode="eager")]
+    harness.write_results(tmp_path / "norm-cuda.csv", about, rows)
+    readme = tmp_path / "README.md"
+    readme.write_text("before <!-- benchmarks:norm:begin --> old <!-- benchmarks:norm:end --> after")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    assert report.main() == 0
+    text = readme.read_text()
+    assert text.startswith("before ")
+    assert text.endswith(" after")
+    assert " old " not in text
+    assert "| norm forward 16384x4096 | 20000.0 (0.54) | 10000.0 (1.07) | >= 0.90 of copy | no |" in text
+    assert "| norm forward 16384x4096 | 30000.0 (0.36) |" in text
+    assert "</svg>" in (tmp_path / "norm-cuda.svg").read_text()
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main() == 0
+    readme.write_text(text.replace("20000.0", "1.0"))
+    assert report.main() == 1
+
+
+def test_run_writes_a_results_file(tmp_path):
+    command = [sys.executable, "benchmarks/run.py", "norm", "--device", "cpu", "--quick", "--filter", "l2_norm"]
+    done = subprocess.run([*command, "--output", tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    _, rows = harness.read_results(tmp_path / "norm-cpu.csv")
+    assert {row["implementation"] for row in rows} == {"inlay", "eager", "torch"}
+    assert not any(row["note"] for row in rows), done.stdout
