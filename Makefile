@@ -92,15 +92,16 @@ $(VENV)/.inlay-requirements: requirements.in
 	@mkdir -p $(BUILD)
 	@$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $(BUILD)/torch.txt || \
 	  { echo "inlay: $(VENV) has no torch; install torch 2.11 or later there, or leave VENV to make"; exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint $(BUILD)/torch.txt --requirement requirements.in
+	@echo "inlay: installing what $(VENV) lacks; it keeps its $$(cat $(BUILD)/torch.txt)"
+	@$(BIN)/python -m pip install --quiet --constraint $(BUILD)/torch.txt --requirement requirements.in
 	@touch $@
 else
 $(VENV)/.inlay-requirements: requirements.in requirements.lock
-	$(PYTHON) -m venv $(VENV)
-	@touch $(VENV)/.inlay-owned
-	$(BIN)/python -m pip install --quiet $$(grep ^torch== requirements.lock)
-	$(BIN)/python -m pip install --quiet --requirement \
-	  $$($(BIN)/python -c 'import sys; print("requirements.lock" if sys.version_info >= (3, 11) else "requirements.in")')
+	@echo "inlay: installing pinned dependencies into $(VENV)"
+	@$(PYTHON) -m venv $(VENV) && touch $(VENV)/.inlay-owned
+	@$(BIN)/python -m pip install --quiet $$(grep ^torch== requirements.lock)
+	@$(BIN)/python -m pip install --quiet --requirement $$($(BIN)/python -c \
+	  'import sys; print("requirements.lock" if sys.version_info >= (3, 11) else "requirements.in")')
 	@touch $@
 endif
 
