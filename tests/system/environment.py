@@ -56,7 +56,9 @@ def interpreter(version: str) -> str | None:
     return name if shutil.which(name) and _runs([name, "-c", ""]) else None
 
 
-def run_python(python: str | Path, script: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_python(
+    python: str | Path, script: str, cwd: Path, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs a script with ``cwd`` as working directory and ``path``, if given, first on the module path."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:

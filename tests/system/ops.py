@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 import inlay  # noqa: F401  (loads the libraries)
+import torch
 
 
 def registered() -> list[str]:

@@ -7,11 +7,11 @@ import inspect
 import re
 from types import ModuleType
 
+import inlay
 import pytest
 import torch
-
-import inlay
 from inlay import _load, reference
+
 from tests.system import ops
 from tests.system.environment import PACKAGE
 

@@ -64,7 +64,10 @@ def test_without_the_cpu_library(python: Path, package: Path, damage: str) -> No
         library.write_bytes(b"not an ELF file")
     ran = run_python(python, "import inlay", cwd=package.parent, path=package.parent)
     assert ran.returncode != 0
-    expected = {"missing": "native library libinlay.so is missing from", "broken": "libinlay.so does not load with torch"}
+    expected = {
+        "missing": "native library libinlay.so is missing from",
+        "broken": "libinlay.so does not load with torch",
+    }
     assert f"ImportError: inlay: {expected[damage]}" in ran.stderr
 
 

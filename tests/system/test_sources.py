@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.system.environment import ROOT, interpreter
 
 _PARSE = "import ast, sys; [ast.parse(open(name).read(), name) for name in sys.argv[1:]]"
