@@ -90,7 +90,7 @@ $(BUILD)/.installed: pyproject.toml $(VENV)/.inlay-requirements
 ifneq ($(and $(wildcard $(BIN)/python),$(if $(wildcard $(VENV)/.inlay-owned),,foreign)),)
 $(VENV)/.inlay-requirements: requirements.in
 	@mkdir -p $(BUILD)
-	@$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $(BUILD)/torch.txt || \
+	@$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $(BUILD)/torch.txt 2>/dev/null || \
 	  { echo "inlay: $(VENV) has no torch; install torch 2.11 or later there, or leave VENV to make"; exit 1; }
 	@echo "inlay: installing what $(VENV) lacks; it keeps its $$(cat $(BUILD)/torch.txt)"
 	@$(BIN)/python -m pip install --quiet --constraint $(BUILD)/torch.txt --requirement requirements.in
