@@ -50,11 +50,17 @@ def test_needed_libraries(library: Path) -> None:
     assert "RUNPATH" not in dynamic
 
 
-def test_exports_nothing_of_ours(library: Path) -> None:
-    """Ops are registered by static initialisers. Both libraries have the same bindings, compiled for different devices:
-    an exported name could bind one library's call to the other's function.
+def test_libraries_share_no_names() -> None:
+    """Both hold the same bindings, compiled for different devices. If both exported a function, the loader could bind one
+    library's call to the other's code.
     """
-    assert [name for section, name in _symbols(library) if section != "UND" and "inlay" in name] == []
+    exports = [
+        {name for section, name in _symbols(path) if section != "UND" and "inlay" in name}
+        for path in sorted((PACKAGE / "lib").glob("libinlay*.so"))
+    ]
+    if len(exports) < 2:
+        pytest.skip("libinlay_cuda.so was not built")
+    assert exports[0] & exports[1] == set()
 
 
 def _undefined(library: Path) -> set[str]:
