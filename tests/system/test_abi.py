@@ -51,8 +51,8 @@ def test_needed_libraries(library: Path) -> None:
 
 
 def test_libraries_share_no_names() -> None:
-    """Both hold the same bindings, compiled for different devices. If both exported a function, the loader could bind one
-    library's call to the other's code.
+    """Both hold the same bindings, compiled for different devices. If both exported a function, the loader could bind
+    one library's call to the other's code.
     """
     exports = [
         {name for section, name in _symbols(path) if section != "UND" and "inlay" in name}

@@ -23,9 +23,10 @@ pytest.importorskip("scikit_build_core")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CPU wheel. Its build folder is kept between runs, so that only the first one compiles."""
+    """A CPU wheel, not optimised, and with a build folder that stays: compiling is not what is tested here."""
     folder = tmp_path_factory.mktemp("wheel")
-    settings = (f"build-dir={ROOT / 'build' / 'test-wheel'}", "cmake.define.INLAY_CUDA=OFF")
+    build = ROOT / "build" / "test-wheel"
+    settings = (f"build-dir={build}", "cmake.build-type=Debug", "cmake.define.INLAY_CUDA=OFF")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
     for setting in settings:
         command += ["--config-settings", setting]
