@@ -1,7 +1,9 @@
 // What this build is: facts for `inlay.info()` and for tests. No tensors, no torch headers, and the package works
 // without it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "common/cpu/isa.h"
 #include "norm/params.h"
 
 namespace py = pybind11;
@@ -20,6 +22,18 @@ PYBIND11_MODULE(_native, m) {
         return config;
       },
       "How the native libraries were built, as a dict of strings; the CUDA entries are empty without CUDA.");
+  m.def(
+      "cpu_isa", [] { return inlay::cpu::name_of(inlay::cpu::isa_in_use()); },
+      "The instruction set tier that the CPU kernels use in this process: the best one that this machine has, at most\n"
+      "what INLAY_CPU_ISA names. RuntimeError when INLAY_CPU_ISA names no tier.");
+  m.def(
+      "cpu_isa_tiers",
+      [] {
+        std::vector<std::string> names;
+        for (const inlay::cpu::Isa isa : inlay::cpu::available_isas()) names.emplace_back(inlay::cpu::name_of(isa));
+        return names;
+      },
+      "The tiers that this machine can run, from \"generic\" upwards; each is a value for INLAY_CPU_ISA.");
   m.def(
       "norm_enums",
       [] {

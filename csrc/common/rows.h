@@ -8,7 +8,8 @@
 #ifdef __CUDACC__
 #define INLAY_HOST_DEVICE __host__ __device__
 #else
-#define INLAY_HOST_DEVICE
+// Inlined everywhere: CPU kernels are compiled once per instruction set, and the linker must not merge their copies.
+#define INLAY_HOST_DEVICE [[gnu::always_inline]]
 #endif
 
 namespace inlay {

@@ -194,6 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_bwd(
     params.dresidual_out = rows_like(TensorInfo(op, "dresidual_out", *dresidual_out), x, dx_dtype, true);
   }
   if (weight) params.weight = vector_tensor(TensorInfo(op, "weight", *weight), x);
+  if (bias) params.bias = vector_tensor(TensorInfo(op, "bias", *bias), x);
   if (gate) params.gate = rows_like(TensorInfo(op, "gate", *gate), x, dx_dtype, false);
   STD_TORCH_CHECK(!gate || (!dresidual_out && dresidual_dtype == dx_dtype), op,
                   ": gate must be None when there is a residual, got both");

@@ -1,0 +1,37 @@
+// Functions over any vector type of vec_*.h.
+#pragma once
+
+#include "common/cpu/elements.h"
+
+namespace inlay::cpu {
+namespace {
+
+// e^v in single precision, within one unit in the last place; NaN, infinities and subnormal results come out right.
+// With n = round(v / ln 2): e^v = 2^n e^r, |r| <= ln(2) / 2, and e^r is its Taylor series (the next term is 5e-9).
+template <class Vec>
+INLAY_INLINE Vec exp(Vec v) {
+  const auto constant = [](float value) { return Vec::set(value); };
+  // Beyond these limits the result is 0 or infinity anyway, and scale() needs |n| bounded. NaN passes: it is the
+  // second operand.
+  v = min(constant(89.0f), max(constant(-104.0f), v));
+  const Vec n = round_even(v * constant(0x1.715476p+0f));
+  // ln 2 in two parts; the first has so few bits that n times it is exact.
+  Vec r = fma(n, constant(-0x1.62e4p-1f), v);
+  r = fma(n, constant(-0x1.7f7d1cp-20f), r);
+  // Pairs of terms side by side: a chain of six would be all latency.
+  const Vec r2 = r * r;
+  const Vec terms23 = fma(r, constant(1.0f / 6), constant(0.5f));
+  const Vec terms45 = fma(r, constant(1.0f / 120), constant(1.0f / 24));
+  const Vec terms67 = fma(r, constant(1.0f / 5040), constant(1.0f / 720));
+  const Vec series = fma(fma(terms67, r2, terms45), r2, terms23);
+  return scale(fma(series, r2, r) + constant(1.0f), n);
+}
+
+template <class Vec>
+INLAY_INLINE Vec sigmoid(Vec v) {
+  const Vec one = Vec::set(1);
+  return one / (one + exp(-v));
+}
+
+}  // namespace
+}  // namespace inlay::cpu
