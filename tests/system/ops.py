@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import inlay  # noqa: F401  (loads the libraries)
 import torch
+
+import inlay  # noqa: F401  (loads the libraries)
 
 
 def registered() -> list[str]:

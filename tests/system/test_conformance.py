@@ -7,11 +7,11 @@ import inspect
 import re
 from types import ModuleType
 
-import inlay
 import pytest
 import torch
-from inlay import _load, reference
 
+import inlay
+from inlay import _load, reference
 from tests.system import ops
 from tests.system.environment import PACKAGE
 
@@ -49,7 +49,8 @@ def test_kernels_and_fake(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck_case(op: str) -> None:
     cases: ModuleType = importlib.import_module(f"tests.{family_of(op)}.test_registration")
-    assert cases.OPCHECK_CASES.get(op), f"tests/{family_of(op)}/test_registration.py has no OPCHECK_CASES for {op}"
+    assert op in cases.OPCHECK_CASES, f"tests/{family_of(op)}/test_registration.py has no OPCHECK_CASES for {op}"
+    assert list(cases.OPCHECK_CASES[op]("cpu"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,9 +6,9 @@ import re
 import subprocess
 from pathlib import Path
 
-import inlay
 import pytest
 
+import inlay
 from tests.system.environment import ROOT
 
 # Written by builds and runs, so absent from a fresh checkout.
