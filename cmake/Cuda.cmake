@@ -3,6 +3,9 @@
 #   inlay_configure_cuda_target(<lib>)  links what a CUDA library of ours needs
 set(INLAY_HAS_CUDA OFF)
 if(NOT INLAY_CUDA STREQUAL "OFF")
+  if(NOT CMAKE_CUDA_COMPILER)
+    unset(CMAKE_CUDA_COMPILER CACHE)  # an earlier "not found": look again
+  endif()
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
@@ -12,7 +15,11 @@ if(NOT INLAY_CUDA STREQUAL "OFF")
   endif()
 endif()
 if(NOT INLAY_HAS_CUDA)
-  message(STATUS "inlay: nvcc not found or INLAY_CUDA=OFF: building the CPU package without CUDA kernels")
+  if(INLAY_CUDA STREQUAL "OFF")
+    message(STATUS "inlay: INLAY_CUDA is OFF: building the CPU package without CUDA kernels")
+  else()
+    message(STATUS "inlay: no working nvcc found: building the CPU package without CUDA kernels")
+  endif()
   return()
 endif()
 
@@ -24,14 +31,15 @@ else()
     OUTPUT_VARIABLE compute_capability
     ERROR_QUIET
     RESULT_VARIABLE no_gpu)
-  if(NOT no_gpu AND compute_capability MATCHES "^([0-9]+)\\.([0-9]+)")
-    set(CMAKE_CUDA_ARCHITECTURES ${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real)
-    if(CMAKE_CUDA_ARCHITECTURES STREQUAL "90-real")
-      set(CMAKE_CUDA_ARCHITECTURES 90a-real)
-    endif()
-  else()
-    set(CMAKE_CUDA_ARCHITECTURES 90a-real 80-virtual)
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]+" present "${compute_capability}")
+  list(REMOVE_DUPLICATES present)
+  list(TRANSFORM present REPLACE "\\." "")
+  list(TRANSFORM present REPLACE "^90$" "90a")
+  list(TRANSFORM present APPEND "-real")
+  if(no_gpu OR NOT present)
+    set(present 90a-real 80-virtual)
   endif()
+  set(CMAKE_CUDA_ARCHITECTURES ${present})
 endif()
 enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
@@ -55,8 +63,7 @@ function(inlay_configure_cuda_target target)
   add_dependencies(${target} inlay_torch_cuda_stub)
   set_target_properties(${target} PROPERTIES
     CUDA_RUNTIME_LIBRARY Static
-    CUDA_SEPARABLE_COMPILATION OFF
-    BUILD_RPATH "" SKIP_BUILD_RPATH ON)
+    CUDA_SEPARABLE_COMPILATION OFF)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
     $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Xcompiler=-Wall -Xfatbin=-compress-all>)

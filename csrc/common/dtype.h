@@ -7,9 +7,7 @@ namespace inlay {
 
 enum class DType : int32_t { f32, bf16, f16, f64 };
 
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 constexpr const char* name_of(DType dtype) {
   switch (dtype) {

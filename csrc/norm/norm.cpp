@@ -146,8 +146,8 @@ ForwardArguments add_norm_arguments(const char* op, const Tensor& x, const Tenso
                                     const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                     double weight_offset, int64_t kind, int64_t rounding, ScalarType residual_dtype,
                                     bool wants_statistics) {
-  return {op, x, &residual, weight, bias, nullptr, eps, weight_offset, kind, rounding, 0, false, residual_dtype,
-          wants_statistics};
+  return {op,   x,        &residual, weight, bias,           nullptr,         eps, weight_offset,
+          kind, rounding, 0,         false,  residual_dtype, wants_statistics};
 }
 
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,

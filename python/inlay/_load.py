@@ -25,7 +25,9 @@ def cpu_library() -> Library:
     """Schemas and CPU kernels. Without it there are no ops at all, so its absence raises ImportError."""
     path = _LIB / "libinlay.so"
     if not path.is_file():
-        raise ImportError(f"inlay: native library {path.name} is missing from {path.parent}; run `make setup` or reinstall")
+        raise ImportError(
+            f"inlay: native library {path.name} is missing from {path.parent}; run `make setup` or reinstall"
+        )
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -46,7 +48,9 @@ def cuda_library() -> Library:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return Library(path.name, False, f"does not load with torch {torch.__version__}, CUDA {torch.version.cuda}: {error}")
+        return Library(
+            path.name, False, f"does not load with torch {torch.__version__}, CUDA {torch.version.cuda}: {error}"
+        )
     return Library(path.name, True)
 
 

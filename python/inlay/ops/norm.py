@@ -18,10 +18,11 @@ https://arxiv.org/abs/2405.21060 (Mamba-2) and ``Qwen3NextRMSNormGated`` in tran
 
 Shapes: any leading dimensions, which need not be contiguous (slices of packed projections are read in place, without
 a copy, when the leading dimensions have at most three distinct strides); the last dimension must have stride 1.
-Outputs are contiguous. Dtypes: float32, bfloat16, float16 on CPU and CUDA, float64 on the CPU. The vectors ``weight`` and
-``bias`` may be of any of these dtypes.
+Outputs are contiguous. Dtypes: float32, bfloat16, float16 on CPU and CUDA, float64 on the CPU. The vectors ``weight``
+and ``bias`` may be of any of these dtypes.
 
-Raises ``TypeError`` for a non-tensor and ``ValueError`` for a wrong dtype, shape, device or stride, naming the argument.
+Raises ``TypeError`` for a non-tensor and ``ValueError`` for a wrong dtype, shape, device or stride, naming the
+argument.
 """
 
 from __future__ import annotations
