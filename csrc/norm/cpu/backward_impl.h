@@ -65,7 +65,7 @@ void backward_rows(const BackwardParams& p, int64_t begin, int64_t end, Backward
       total.add(g, part);
     });
 
-    const Vec slope = Vec::set(-(dot.total() * share) * rstd);
+    const Vec minus_mean_dot = Vec::set(-(dot.total() * share));
     const Vec mean_g = Vec::set(p.kind == Kind::layer ? total.total() * share : Scalar(0));
     sweep<Vec>(width, [&](int64_t i, auto lanes) {
       Vec upstream = dy.load(i, lanes);
@@ -80,7 +80,8 @@ void backward_rows(const BackwardParams& p, int64_t begin, int64_t end, Backward
       if constexpr (form == Form::gate_before) v = v * activated;
       if constexpr (form == Form::gate_after) upstream = upstream * activated;
       const Vec g = upstream * Vec::load(scratch.weight + i, lanes);
-      Vec result = fma(v - centre, slope, g - mean_g) * factor;
+      const Vec n = (v - centre) * factor;
+      Vec result = fma(n, minus_mean_dot, g - mean_g) * factor;
       if constexpr (form == Form::gate_before) {
         dgate.store(i, result * source * activation_slope(p.activation, z, sigmoid_z), lanes);
         result = result * activated;
