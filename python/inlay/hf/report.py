@@ -109,7 +109,9 @@ class Report:
         return [(cls, len(entries), reason) for (cls, reason), entries in groups]
 
 
-def _grouped(entries: Iterable[Entry], key: Callable[[Entry], tuple[str, str]]) -> list[tuple[tuple[str, str], list[Entry]]]:
+def _grouped(
+    entries: Iterable[Entry], key: Callable[[Entry], tuple[str, str]]
+) -> list[tuple[tuple[str, str], list[Entry]]]:
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         groups.setdefault(key(entry), []).append(entry)
@@ -122,7 +124,8 @@ def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
     widths = [max(len(str(line[column])) for line in lines) for column in range(len(header))]
     numeric = [isinstance(rows[0][column], int) for column in range(len(header))]
     return "\n".join(
-        "  " + "  ".join(
+        "  "
+        + "  ".join(
             str(cell).rjust(width) if number else str(cell).ljust(width)
             for cell, width, number in zip(line, widths, numeric, strict=True)
         ).rstrip()
