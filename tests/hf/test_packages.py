@@ -174,10 +174,13 @@ def test_diffusers_hooks(patch_first: bool) -> None:
 # --- torch.compile ---
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "qwen3_5"])
-def test_compile(family: str, device: str) -> None:
-    """The whole model is one graph, with our ops in it; patching and unpatching recompile it."""
-    model = language_model(family, device)
+_HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(("family", "options"), [("qwen3", {}), ("qwen3_5", _HYBRID)])
+def test_compile(family: str, options: dict[str, Any], device: str) -> None:
+    """The whole model is one graph, with our ops in it; unpatching recompiles it."""
+    model = language_model(family, device, **options)
     ids = tokens(model)
     expected = model(ids).logits
     ops: list[str] = []
@@ -201,9 +204,8 @@ def test_compile(family: str, device: str) -> None:
         assert not ops
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
-def test_compiled_training(family: str, device: str) -> None:
-    model = language_model(family, device).train()
+def test_compiled_training(device: str) -> None:
+    model = language_model("qwen3", device).train()
     ids = tokens(model)
     expected = gradients(model, ids)
     inlay.patch(model, strict=True)
