@@ -1,0 +1,138 @@
+"""The forward that norm modules are patched with: one for all, driven by what ``recognise`` found out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from inlay import _load
+from inlay.hf.binding import Plan, binding_of
+from inlay.hf.recognise import NormSpec, Setting, recognise
+from inlay.ops import norm as ops
+
+OPS = ("rms_norm", "gated_rms_norm", "layer_norm")
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+_FUNCTIONS = {op: getattr(ops, op) for op in OPS}
+
+
+def plan(module: nn.Module) -> Plan | str | None:
+    """A plan for a norm over the last dimension; why not, for a module that looks like one; None for any other."""
+    spec = recognise(module)
+    return Plan(spec.op, forward, spec) if isinstance(spec, NormSpec) else spec
+
+
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    binding = binding_of(self)
+    if binding is None:
+        return type(self).forward(self, *args, **kwargs)
+    spec: NormSpec = binding.plan.spec
+    inputs = args
+    if kwargs:
+        inputs = (*args, *(kwargs[name] for name in spec.arguments[len(args) :] if name in kwargs))
+    if len(inputs) == len(args) + len(kwargs) and 1 <= len(inputs) <= len(spec.arguments):
+        y = fused(self, spec, *inputs)
+    else:
+        y = f"called with other arguments than {', '.join(spec.arguments)}"
+    if isinstance(y, str):
+        binding.count_fallback(y)
+        return type(self).forward(self, *args, **kwargs)
+    binding.count_call(y.device.type)
+    return y
+
+
+def fused(module: nn.Module, spec: NormSpec, x: Tensor, gate: Tensor | None = None) -> Tensor | str:
+    """The module's result, or why its own code has to compute it."""
+    weight = module.weight if spec.has_weight else None
+    bias = module.bias if spec.has_bias else None
+    setting = setting_for(spec, x, weight, bias, gate)
+    if isinstance(setting, str):
+        return setting
+    order = None
+    if not x.is_contiguous():
+        order = _memory_order(x)
+        if not spec.keeps_order:
+            x, order = x if order else x.contiguous(), None
+        elif order is None:
+            return "x is strided in its last dimension"
+        elif order == tuple(range(x.dim())):
+            order = None
+        else:
+            x = x.permute(order)
+            gate = gate if gate is None else gate.permute(order)
+    if gate is not None and gate.stride(-1) != 1:
+        gate = gate.contiguous()
+    if setting.widen:
+        x = x.float()
+    arguments = (x, weight, bias) if gate is None else (x, gate, weight, bias)
+    y = _FUNCTIONS[setting.op](*arguments, eps=getattr(module, spec.eps), **setting.options)
+    return y if order is None else y.permute([order.index(dim) for dim in range(y.dim())])
+
+
+def setting_for(
+    spec: NormSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None
+) -> Setting | str:
+    """How to compute this call, or why not."""
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("gate", gate)):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN:
+            return f"{name} is a {type(tensor).__name__}"
+        if tensor.device != x.device:
+            return f"{name} is on {tensor.device.type}, x on {x.device.type}"
+    if gate is not None and (gate.dtype != x.dtype or gate.shape != x.shape):
+        return "gate and x differ in shape or dtype"
+    if weight is not None and bias is not None and bias.dtype != weight.dtype:
+        return "weight and bias differ in dtype"
+    if x.dim() == 0 or (spec.width is not None and x.shape[-1] != spec.width):
+        return f"x is not {spec.width} wide"
+    setting = spec.settings.get((x.dtype, None if weight is None else weight.dtype, gate is not None))
+    if setting is None:
+        dtypes = _name(x) if weight is None else f"{_name(x)} with a {_name(weight)} weight"
+        return f"no op rounds as it does for {dtypes}"
+    return device_reason(x) or context_reason(spec, x) or setting
+
+
+def device_reason(x: Tensor) -> str | None:
+    """Why there is no native kernel for a tensor like x."""
+    kind = x.device.type
+    if kind == "cpu":
+        return None
+    if kind != "cuda":
+        return f"no kernels for device {kind}"
+    if not _load.cuda_library().loaded:
+        return f"no CUDA kernels: {_load.cuda_library().reason}"
+    return "no CUDA kernels for float64" if x.dtype == torch.float64 else None
+
+
+def context_reason(spec: NormSpec, x: Tensor) -> str | None:
+    """Why the surroundings of this call forbid a fused op."""
+    if not spec.autocast_neutral and x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return "autocast changes what it computes"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    if torch._C._len_torch_function_stack() and not all(
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+    ):
+        return "a torch function mode is active"
+    return None
+
+
+def _memory_order(x: Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the slowest to the fastest in memory, or None if the last one is not dense."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return None
+    leading = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
+    return *leading, x.dim() - 1
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
