@@ -102,8 +102,9 @@ def _build_text(build: dict[str, str] | None) -> str:
 def _cpu_text(native: ModuleType | None) -> str:
     cores = os.cpu_count() or 1
     text = f"{platform.machine()}, {cores} logical cores, torch uses {torch.get_num_threads()}"
-    if hasattr(native, "cpu_isa"):
-        text += f", kernels for {native.cpu_isa()}"
+    cpu_isa = getattr(native, "cpu_isa", None)
+    if cpu_isa is not None:
+        text += f", kernels for {cpu_isa()}"
     return text
 
 

@@ -79,9 +79,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
     try:
         print(inspect_model(options.model))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise CommandError(
-            f"cannot read the configuration of {options.model!r}: {first_line(error)}",
+            f"{options.model}: {first_line(error)}",
             "give the folder of a saved model, or a model id that can be reached from here",
         ) from error
     return 0

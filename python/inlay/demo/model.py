@@ -32,24 +32,24 @@ def new_model(options: Options) -> Any:
         return Qwen3_5ForCausalLM._from_config(config)
 
 
-def checkpoint(options: Options) -> tuple[Any, Any]:
-    """The model and the tokenizer saved under ``options.model``; bytes if nothing there says how to make tokens."""
+def checkpoint(name: str, options: Options) -> tuple[Any, Any]:
+    """The model and the tokenizer saved under ``name``; bytes if nothing there says how to make tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype)
     except (OSError, ValueError) as error:
         raise CommandError(
-            f"--model {options.model}: {first_line(error)}",
+            f"--model {name}: {first_line(error)}",
             "give the folder of a saved causal language model, or a model id that can be reached from here",
         ) from error
     model.to(options.device).eval()
     try:
-        return model, AutoTokenizer.from_pretrained(options.model)
+        return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         if model.config.get_text_config().vocab_size < ByteTokenizer.vocab_size:
             raise CommandError(
-                f"--model {options.model}: no tokenizer there, and its vocabulary is too small for bytes",
+                f"--model {name}: no tokenizer there, and its vocabulary is too small for bytes",
                 "save the tokenizer beside the model",
             ) from error
         return model, ByteTokenizer()

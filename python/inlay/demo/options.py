@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from inlay._console import CommandError
+from inlay.hf.patch import OPS
 
 WARM_UP_STEPS = 2
 """Training steps that are not timed: the first allocates the optimizer's state, the second is run for its memory."""
@@ -19,7 +21,7 @@ class Size:
     """A model's shape and the work that suits it."""
 
     name: str
-    shape: dict[str, int]
+    shape: dict[str, Any]
     """Fields of ``Qwen3_5TextConfig``."""
     steps: int
     batch_size: int
@@ -29,7 +31,7 @@ class Size:
     new_tokens: int
 
 
-def _shape(hidden: int, layers: int, ffn: int, heads: tuple[int, int, int], gdn: tuple[int, int]) -> dict[str, int]:
+def _shape(hidden: int, layers: int, ffn: int, heads: tuple[int, int, int], gdn: tuple[int, int]) -> dict[str, Any]:
     """``heads``: query heads, key/value heads, width of a head. ``gdn``: heads, width of a head."""
     return {
         "hidden_size": hidden,
@@ -97,7 +99,7 @@ def resolve(arguments: argparse.Namespace) -> Options:
         prompt=arguments.prompt,
         new_tokens=arguments.new_tokens or size.new_tokens,
         seed=arguments.seed,
-        ops=tuple(arguments.ops.split(",")) if arguments.ops else None,
+        ops=_ops(arguments.ops),
         output=arguments.output,
     )
 
@@ -110,3 +112,13 @@ def _device(name: str) -> torch.device:
             f"--device cuda: torch {torch.__version__} finds no GPU", "use --device cpu, or a torch built with CUDA"
         )
     return torch.device(name)
+
+
+def _ops(names: str | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    chosen = tuple(names.split(","))
+    unknown = [name for name in chosen if name not in OPS]
+    if unknown:
+        raise CommandError(f"--ops: there is no op {', '.join(unknown)}", f"the ops are {', '.join(OPS)}")
+    return chosen

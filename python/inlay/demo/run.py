@@ -38,7 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(options: Options) -> int:
     started = time.perf_counter()
     options.output.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = checkpoint(options) if options.model else (new_model(options), data.ByteTokenizer())
+    if options.model is None:
+        model, tokenizer = new_model(options), data.ByteTokenizer()
+    else:
+        model, tokenizer = checkpoint(options.model, options)
     show.setting(model, options)
 
     training = None
