@@ -194,7 +194,6 @@ def test_data_parallel_replicas_use_their_own_weights(model: nn.Module) -> None:
     replica = norm._replicate_for_data_parallel()
     assert replica.forward.__self__ is replica
     assert norm.forward.__self__ is norm
-    replica._parameters = {"weight": None}
     replica.weight = torch.zeros_like(norm.weight) - (1 if "5" in type(model).__name__ else 0)
     x = torch.randn(3, norm.weight.shape[0])
     assert not replica(x).any()
