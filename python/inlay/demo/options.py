@@ -53,7 +53,7 @@ QUICK = Size(
 )  # fmt: skip
 CPU = Size(
     "12 M", _shape(512, 4, 1152, heads=(8, 2, 64), gdn=(8, 64)),
-    steps=60, batch_size=4, sequence_length=128, learning_rate=3e-3, prompt_length=256, new_tokens=64,
+    steps=60, batch_size=4, sequence_length=128, learning_rate=1e-3, prompt_length=256, new_tokens=64,
 )  # fmt: skip
 CUDA = Size(
     "0.8B", _shape(1024, 24, 3584, heads=(8, 2, 256), gdn=(16, 128)),

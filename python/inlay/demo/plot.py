@@ -9,6 +9,8 @@ from inlay.demo.generate import Generation
 from inlay.demo.train import Training
 
 _UNPATCHED, _PATCHED, _NOISE, _INK, _FAINT = "#8a94a6", "#d1495b", "#c9ced6", "#22272e", "#e6e8ec"
+_SMALLEST = 1e-7
+"""Where equal losses are drawn on the logarithmic axis: below one unit in the last place of any loss above 1."""
 _STYLE: Any = {
     "font.size": 10,
     "text.color": _INK,
@@ -56,13 +58,14 @@ def _differences(axis: Any, training: Training) -> None:
     reference = training.unpatched.losses
     steps = range(1, len(reference) + 1)
     for run, color, label in (
-        (training.nudged, _UNPATCHED, "weights nudged by one unit\nin the last place, unpatched"),
+        (training.nudged, _UNPATCHED, "unpatched, weights nudged by\none unit in the last place"),
         (training.patched, _PATCHED, "patched"),
     ):
-        axis.plot(steps, [abs(a - b) for a, b in zip(run.losses, reference, strict=True)], color=color, label=label)
+        distances = [max(abs(a - b), _SMALLEST) for a, b in zip(run.losses, reference, strict=True)]
+        axis.plot(steps, distances, color=color, label=label)
     axis.set(title="Distance from the unpatched loss", xlabel="step", yscale="log")
     axis.grid(axis="y", color=_FAINT)
-    axis.legend(loc="lower right")
+    axis.legend()
 
 
 def _throughput(axis: Any, training: Training | None, generation: Generation) -> None:

@@ -69,7 +69,8 @@ def _run(options: Options) -> int:
     print(f"\n  {'The numbers agree.' if agrees else 'The numbers do NOT agree.'} ", end="")
     print(f"Took {seconds_text(time.perf_counter() - started)}. Results: {options.output / 'demo.json'}", end="")
     if find_spec("matplotlib"):
-        plot.draw(training, generation, f"{type(model).__name__}, {options.device}", options.output / "demo.png")
+        title = f"{show.model_text(model, options)}, {show.device_text(options.device)}"
+        plot.draw(training, generation, title, options.output / "demo.png")
         print(f", {options.output / 'demo.png'}")
     else:
         print("; no plot, because matplotlib is not installed")

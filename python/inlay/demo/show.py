@@ -18,19 +18,33 @@ from inlay.demo.verdict import FACTOR, Check
 _SIDES = ("", "unpatched", "patched", "")
 
 
+def model_text(model: Any, options: Options) -> str:
+    """The model in a few words."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(options.dtype).removeprefix("torch.")
+    return f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters, {dtype}"
+
+
+def device_text(device: torch.device) -> str:
+    """The GPU's name, or what Inlay knows about the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return inlay.info().cpu
+
+
 def setting(model: Any, options: Options) -> None:
     """What is about to run, and on what."""
     config = model.config.get_text_config()
     layers = Counter(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
     kinds = " + ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in layers.items())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     rivals = {"flash-linear-attention": "fla", "causal-conv1d": "causal_conv1d", "kernels": "kernels"}
     installed = [name for name, module in rivals.items() if find_spec(module)]
     heading("Inlay demo")
     rows = [
-        ("model", f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters, layers: {kinds}"),
-        ("weights", f"{options.model or 'new, random'}, {str(options.dtype).removeprefix('torch.')}"),
-        ("device", _device_text(options.device)),
+        ("model", model_text(model, options)),
+        ("layers", kinds),
+        ("weights", options.model or "new, random"),
+        ("device", device_text(options.device)),
         ("unpatched", "transformers' own code" + (f" with {', '.join(installed)}" if installed else ", PyTorch only")),
         ("text", "Python's documentation (pydoc_data.topics), a token a byte"),
     ]
@@ -48,7 +62,9 @@ def training(result: Training) -> None:
         for step in spread(len(first.losses), 9)
         for a, b in [(first.losses[step], second.losses[step])]
     ]
+    _, losses = result.checks()
     print(f"\n{indent(table(('step', 'loss unpatched', 'loss patched', 'difference'), curves))}")
+    print(f"\n  largest difference of all {len(first.losses)} steps: {losses.difference:.1e}")
     tokens = result.tokens_per_step
     rows = [
         _row("tokens/s", tokens / first.step_seconds, tokens / second.step_seconds, _rate),
@@ -106,12 +122,6 @@ def verdict(checks: list[Check]) -> None:
         for check in checks
     ]
     print(indent(table(("largest difference", "patched", "rounding", "ratio", "agrees"), rows)), flush=True)
-
-
-def _device_text(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return inlay.info().cpu
 
 
 def _row(name: str, unpatched: float, patched: float, text: Any, faster: bool = False) -> tuple[str, str, str, str]:
