@@ -1,11 +1,14 @@
 """Fused C++/CUDA ops for Hugging Face models."""
 
+from inlay._info import Info, info
 from inlay.hf.patch import patch, patched, report, unpatch
 from inlay.ops.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
 
 __all__ = [
+    "Info",
     "add_rms_norm",
     "gated_rms_norm",
+    "info",
     "l2_norm",
     "layer_norm",
     "patch",
