@@ -102,8 +102,8 @@ def _dense_rows(op: str, argument: str, tensor: Tensor) -> None:
 
 def _row_levels(tensor: Tensor) -> int:
     """How many leading dimensions remain once those that lie evenly in memory are merged."""
-    if tensor.dim() - 1 <= _MAX_ROW_LEVELS:
-        return tensor.dim() - 1
+    if tensor.dim() - 1 <= _MAX_ROW_LEVELS or tensor.numel() == 0:
+        return min(tensor.dim() - 1, _MAX_ROW_LEVELS)
     levels, size, stride = 0, 1, 0
     for i in range(tensor.dim() - 2, -1, -1):
         if tensor.shape[i] == 1:
