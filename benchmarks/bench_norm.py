@@ -186,7 +186,7 @@ def _cases(device: str, quick: bool) -> Iterator[Case]:
 
 def _cpu_cases(quick: bool) -> Iterator[Case]:
     elements = 2**20 if quick else 2**25  # 64 MiB a tensor in bf16
-    share, faster = harness.at_least_copy(0.7), harness.times_faster_than(8.0, "eager")
+    share, faster = harness.at_least_copy(0.7), harness.times_faster_than(8.0, "hf_eager")
     for width in (1024, 4096):
         for op in ("rms_norm", "add_rms_norm"):
             for direction in ("forward", "backward"):

@@ -97,5 +97,5 @@ def test_run_writes_a_results_file(tmp_path):
     command = [sys.executable, "benchmarks/run.py", "norm", "--device", "cpu", "--quick", "--filter", "l2_norm"]
     done = subprocess.run([*command, "--output", tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
     _, rows = harness.read_results(tmp_path / "norm-cpu.csv")
-    assert {row["implementation"] for row in rows} == {"inlay", "eager", "torch"}
+    assert {row["implementation"] for row in rows} == {"inlay", "hf_eager", "torch"}
     assert not any(row["note"] for row in rows), done.stdout

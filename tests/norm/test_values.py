@@ -43,6 +43,7 @@ def test_row_counts(case, rows, width, device):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_any_shape(leading, width, case, dtype, device):
+    torch.manual_seed(0)  # for each example, so that a failure repeats
     check_values(case, case.inputs((*leading, width), dtype, device))
 
 

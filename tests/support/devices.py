@@ -51,7 +51,6 @@ def poison_free_memory(device: str, block_bytes: tuple[int, ...], copies: int = 
 
     Deterministic mode's own filling does not reach tensors that C++ code allocates through the stable ABI.
     """
-    gc.collect()
     blocks = [torch.full((max(1, size // 4),), torch.nan, device=device) for size in block_bytes for _ in range(copies)]
     del blocks
 

@@ -35,6 +35,14 @@ def test_budget_accepts_correct_rounding_when_eager_is_exact():
     assert_within_budget(torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16), exact, "y")
 
 
+def test_budget_allows_the_rounding_of_terms_that_cancel():
+    exact = torch.full((4,), 1e-9, dtype=torch.float64)
+    eager = exact.float()
+    assert_within_budget(eager + 1e-7, eager, exact, "dx", terms=1.0)
+    with pytest.raises(AssertionError, match="over the budget"):
+        assert_within_budget(eager + 1e-6, eager, exact, "dx", terms=1.0)
+
+
 def test_budget_refuses_one_outlier_and_shows_it(exact):
     eager = exact.to(torch.bfloat16)
     actual = eager.clone()

@@ -76,7 +76,7 @@ def choice(op: str, argument: str, value: str, choices: Mapping[str, _Value]) ->
 def dense_gradient(gradient: Tensor) -> Tensor:
     """A gradient in strides that kernels read: autograd hands over any, those of ``y.sum()`` are all 0."""
     dense = gradient.shape[-1] <= 1 or gradient.stride(-1) == 1
-    if dense and _row_levels(gradient) <= _MAX_ROW_LEVELS:
+    if dense and (gradient.dim() <= _MAX_ROW_LEVELS + 1 or _row_levels(gradient) <= _MAX_ROW_LEVELS):
         return gradient
     return gradient.clone(memory_format=torch.contiguous_format)
 
@@ -93,7 +93,7 @@ def _dense_rows(op: str, argument: str, tensor: Tensor) -> None:
             f"{op}: {argument} must have stride 1 in its last dimension, got strides {list(tensor.stride())};"
             " call .contiguous() first"
         )
-    if _row_levels(tensor) > _MAX_ROW_LEVELS:
+    if tensor.dim() > _MAX_ROW_LEVELS + 1 and _row_levels(tensor) > _MAX_ROW_LEVELS:
         raise ValueError(
             f"{op}: {argument} must have leading dimensions that merge into at most {_MAX_ROW_LEVELS}, got shape"
             f" {list(tensor.shape)} with strides {list(tensor.stride())}; call .contiguous() first"
@@ -102,8 +102,8 @@ def _dense_rows(op: str, argument: str, tensor: Tensor) -> None:
 
 def _row_levels(tensor: Tensor) -> int:
     """How many leading dimensions remain once those that lie evenly in memory are merged."""
-    if tensor.dim() - 1 <= _MAX_ROW_LEVELS:
-        return tensor.dim() - 1
+    if tensor.numel() == 0:
+        return 0
     levels, size, stride = 0, 1, 0
     for i in range(tensor.dim() - 2, -1, -1):
         if tensor.shape[i] == 1:
