@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
         buffer.rows.template read<T>(stage, 2, j, z);
         if (gate_first) {
 #pragma unroll
-          for (int i = 0; i < kLanes; ++i) n[j][i] *= activate(p.activation, z[i]);
+          for (int i = 0; i < kLanes; ++i) n[j][i] *= activate<T>(p.activation, z[i]);
         }
       }
 #pragma unroll
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
           if (p.bias.data) load_as_float(p.bias.data, p.bias.dtype, vector * kLanes, b);
 #pragma unroll
           for (int i = 0; i < kLanes; ++i) {
-            const Gate gate = activate_with_derivative(p.activation, z[i]);
+            const Gate gate = activate_with_derivative<T>(p.activation, z[i]);
             dz[i] = g[j][i] * (n[j][i] * weight[j][i] + b[i]) * gate.derivative;
             g[j][i] *= gate.value;
           }
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
           buffer.rows.template read<T>(stage, 2, j, z);
 #pragma unroll
           for (int i = 0; i < kLanes; ++i) {
-            const Gate gate = activate_with_derivative(p.activation, z[i]);
+            const Gate gate = activate_with_derivative<T>(p.activation, z[i]);
             dz[i] = dx[i] * x[i] * gate.derivative;
             dx[i] *= gate.value;
           }

@@ -83,7 +83,7 @@ __device__ inline void forward_row(const ForwardParams& p) {
         float z[kLanes];
         unpack(other[j], z);
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) u[i] *= activate(p.activation, z[i]);
+        for (int i = 0; i < kLanes; ++i) u[i] *= activate<T>(p.activation, z[i]);
       }
     }
   };
@@ -146,7 +146,7 @@ __device__ inline void forward_row(const ForwardParams& p) {
         float z[kLanes];
         unpack(other[j], z);
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) v[i] *= activate(p.activation, z[i]);
+        for (int i = 0; i < kLanes; ++i) v[i] *= activate<T>(p.activation, z[i]);
       }
     }
     store(static_cast<Y*>(p.y.data) + row * p.width + column, pack<Y>(v));

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kGeneralThreads) forward_general_kernel(const 
     if (p.gate.data && p.gate_first) {
       load_row_values(p.gate, row, column, other);
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) u[i] *= activate(p.activation, other[i]);
+      for (int i = 0; i < kLanes; ++i) u[i] *= activate<float>(p.activation, other[i]);
     }
   };
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kGeneralThreads) forward_general_kernel(const 
         float z[kLanes];
         load_row_values(p.gate, row, column, z);
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) v[i] *= activate(p.activation, z[i]);
+        for (int i = 0; i < kLanes; ++i) v[i] *= activate<float>(p.activation, z[i]);
       }
       store_from_float(p.y.data, p.y.dtype, row * p.width + column, v);
     }
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kGeneralThreads) backward_general_kernel(const
     if (p.gate.data) load_row_values(p.gate, row, column, v.z);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
-      const float u = p.gate.data && p.gate_first ? v.x[i] * activate(p.activation, v.z[i]) : v.x[i];
+      const float u = p.gate.data && p.gate_first ? v.x[i] * activate<float>(p.activation, v.z[i]) : v.x[i];
       v.n[i] = (u - mean) * rstd;
     }
     if (p.gate.data && !p.gate_first) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kGeneralThreads) backward_general_kernel(const
       float dz[kLanes];
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) {
-        const Gate gate = activate_with_derivative(p.activation, v.z[i]);
+        const Gate gate = activate_with_derivative<float>(p.activation, v.z[i]);
         dz[i] = v.dn[i] * (v.n[i] * v.w[i] + b[i]) * gate.derivative;
         v.dn[i] *= gate.value;
       }
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kGeneralThreads) backward_general_kernel(const
             float dz[kLanes];
 #pragma unroll
             for (int i = 0; i < kLanes; ++i) {
-              const Gate gate = activate_with_derivative(p.activation, v.z[i]);
+              const Gate gate = activate_with_derivative<float>(p.activation, v.z[i]);
               dz[i] = dx[i] * v.x[i] * gate.derivative;
               dx[i] *= gate.value;
             }

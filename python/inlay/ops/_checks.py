@@ -73,6 +73,11 @@ def choice(op: str, argument: str, value: str, choices: Mapping[str, _Value]) ->
         raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}") from None
 
 
+def dtype(op: str, argument: str, value: torch.dtype, allowed: tuple[torch.dtype, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {argument} must be {names(allowed)}, got {value}")
+
+
 def dense_gradient(gradient: Tensor) -> Tensor:
     """A gradient in strides that kernels read: autograd hands over any, those of ``y.sum()`` are all 0."""
     dense = gradient.shape[-1] <= 1 or gradient.stride(-1) == 1

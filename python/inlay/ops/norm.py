@@ -97,12 +97,16 @@ def rms_norm(
 
     Differentiable in x, weight and bias.
     """
-    checks.activations("rms_norm", "x", x)
-    checks.vector("rms_norm", "weight", weight, x)
-    checks.vector("rms_norm", "bias", bias, x)
-    eps = default_eps(x.dtype, eps)
-    round_mode = checks.choice("rms_norm", "rounding", rounding, _ROUNDING)
-    return _normalise(x, weight, bias, None, eps, weight_offset, Kind.RMS, round_mode)
+    try:
+        return _normalise(
+            x, weight, bias, None, default_eps(x.dtype, eps), weight_offset, Kind.RMS, _ROUNDING[rounding]
+        )
+    except Exception:
+        checks.activations("rms_norm", "x", x)
+        checks.vector("rms_norm", "weight", weight, x)
+        checks.vector("rms_norm", "bias", bias, x)
+        checks.choice("rms_norm", "rounding", rounding, _ROUNDING)
+        raise
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -116,10 +120,13 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Returns:
         [..., N], contiguous, in x's dtype. Differentiable in x, weight and bias.
     """
-    checks.activations("layer_norm", "x", x)
-    checks.vector("layer_norm", "weight", weight, x)
-    checks.vector("layer_norm", "bias", bias, x)
-    return _normalise(x, weight, bias, None, eps, 0.0, Kind.LAYER, Rounding.ONCE)
+    try:
+        return _normalise(x, weight, bias, None, eps, 0.0, Kind.LAYER, Rounding.ONCE)
+    except Exception:
+        checks.activations("layer_norm", "x", x)
+        checks.vector("layer_norm", "weight", weight, x)
+        checks.vector("layer_norm", "bias", bias, x)
+        raise
 
 
 def l2_norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -132,8 +139,11 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     Returns:
         [..., N], contiguous, in x's dtype. Differentiable in x.
     """
-    checks.activations("l2_norm", "x", x)
-    return _normalise(x, None, None, None, eps, 0.0, Kind.L2, Rounding.ONCE)
+    try:
+        return _normalise(x, None, None, None, eps, 0.0, Kind.L2, Rounding.ONCE)
+    except Exception:
+        checks.activations("l2_norm", "x", x)
+        raise
 
 
 def gated_rms_norm(
@@ -162,14 +172,19 @@ def gated_rms_norm(
     Returns:
         [..., N], contiguous, in x's dtype. Differentiable in x, gate, weight and bias.
     """
-    checks.activations("gated_rms_norm", "x", x)
-    checks.like("gated_rms_norm", "gate", gate, x, dtypes=(x.dtype,))
-    checks.vector("gated_rms_norm", "weight", weight, x)
-    checks.vector("gated_rms_norm", "bias", bias, x)
-    eps = default_eps(x.dtype, eps)
-    round_mode = checks.choice("gated_rms_norm", "rounding", rounding, _ROUNDING)
-    act = checks.choice("gated_rms_norm", "activation", activation, _ACTIVATION)
-    return _normalise(x, weight, bias, gate, eps, weight_offset, Kind.RMS, round_mode, act, not norm_before_gate)
+    try:
+        return _normalise(
+            x, weight, bias, gate, default_eps(x.dtype, eps), weight_offset, Kind.RMS, _ROUNDING[rounding],
+            _ACTIVATION[activation], not norm_before_gate,
+        )  # fmt: skip
+    except Exception:
+        checks.activations("gated_rms_norm", "x", x)
+        checks.like("gated_rms_norm", "gate", gate, x, dtypes=(x.dtype,))
+        checks.vector("gated_rms_norm", "weight", weight, x)
+        checks.vector("gated_rms_norm", "bias", bias, x)
+        checks.choice("gated_rms_norm", "rounding", rounding, _ROUNDING)
+        checks.choice("gated_rms_norm", "activation", activation, _ACTIVATION)
+        raise
 
 
 def add_rms_norm(
@@ -198,22 +213,20 @@ def add_rms_norm(
 
     Differentiable in x, residual, weight and bias; the backward takes the gradients of y and h in one pass.
     """
-    checks.activations("add_rms_norm", "x", x)
-    half_or_wide = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    checks.like("add_rms_norm", "residual", residual, x, dtypes=half_or_wide)
-    checks.vector("add_rms_norm", "weight", weight, x)
-    checks.vector("add_rms_norm", "bias", bias, x)
-    eps = default_eps(x.dtype, eps)
-    round_mode = checks.choice("add_rms_norm", "rounding", rounding, _ROUNDING)
-    if residual_dtype is None:
-        residual_dtype = residual.dtype
-    elif residual_dtype not in half_or_wide:
-        raise ValueError(f"add_rms_norm: residual_dtype must be {checks.names(half_or_wide)}, got {residual_dtype}")
-    arguments = (x, residual, weight, bias, eps, weight_offset, Kind.RMS, round_mode, residual_dtype)
-    if checks.needs_grad(x, residual, weight, bias):
-        y, residual_out, _ = _AddNorm.apply(*arguments)
-        return y, residual_out
-    return _add_norm(*arguments)
+    try:
+        return _add_normalise(
+            x, residual, weight, bias, default_eps(x.dtype, eps), weight_offset, Kind.RMS, _ROUNDING[rounding],
+            residual_dtype or residual.dtype,
+        )  # fmt: skip
+    except Exception:
+        checks.activations("add_rms_norm", "x", x)
+        x_or_wide = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+        checks.like("add_rms_norm", "residual", residual, x, dtypes=x_or_wide)
+        checks.vector("add_rms_norm", "weight", weight, x)
+        checks.vector("add_rms_norm", "bias", bias, x)
+        checks.choice("add_rms_norm", "rounding", rounding, _ROUNDING)
+        checks.dtype("add_rms_norm", "residual_dtype", residual_dtype or residual.dtype, x_or_wide)
+        raise
 
 
 def _normalise(
@@ -232,6 +245,24 @@ def _normalise(
     if checks.needs_grad(x, weight, bias, gate):
         return _Norm.apply(*arguments)[0]
     return _norm(*arguments)
+
+
+def _add_normalise(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    kind: Kind,
+    rounding: Rounding,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    arguments = (x, residual, weight, bias, eps, weight_offset, kind, rounding, residual_dtype)
+    if checks.needs_grad(x, residual, weight, bias):
+        y, residual_out, _ = _AddNorm.apply(*arguments)
+        return y, residual_out
+    return _add_norm(*arguments)
 
 
 class _Norm(Function):
