@@ -70,12 +70,21 @@ def test_inspect_shows_what_would_be_patched(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_inspect_of_an_absent_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "absent" in run_with_mistake(capsys, "inspect", str(tmp_path / "absent"))
+    assert "no folder" in run_with_mistake(capsys, "inspect", str(tmp_path / "absent"))
+
+
+def test_inspect_of_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "config.json" in run_with_mistake(capsys, "inspect", str(tmp_path))
 
 
 def test_demo_of_an_absent_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--device", "cpu", "--output", str(tmp_path), "--model", str(tmp_path / "absent"))
-    assert "absent" in run_with_mistake(capsys, "demo", *arguments)
+    assert "no folder" in run_with_mistake(capsys, "demo", "--device", "cpu", "--model", str(tmp_path / "absent"))
+
+
+def test_demo_of_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    arguments = ("--device", "cpu", "--output", str(tmp_path), "--model", str(tmp_path / "model"))
+    assert "--model" in run_with_mistake(capsys, "demo", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
