@@ -55,7 +55,7 @@ def test_subclass_weight() -> None:
     patched.weight = module.weight
     x = torch.randn(3, 40)
     assert torch.equal(patched(x), module(x))
-    assert inlay.report(patched).fallbacks == {"weight is a Subclass": 1}
+    assert inlay.report(patched).fallbacks == {"a weight, bias or gate is a Subclass": 1}
 
 
 def test_meta_tensors() -> None:
@@ -68,7 +68,7 @@ def test_weight_on_another_device() -> None:
     module.to("meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         module(torch.randn(3, 40))
-    assert inlay.report(module).fallbacks == {"weight is on meta, x on cpu": 1}
+    assert inlay.report(module).fallbacks == {"a weight, bias or gate is on meta, x on cpu": 1}
 
 
 def test_dtypes_the_original_computes_otherwise() -> None:
@@ -193,8 +193,7 @@ def test_no_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_load, "cuda_library", lambda: missing)
 
     class OnCuda:
-        device = torch.device("cuda")
-        dtype = torch.float32
+        is_cpu, is_cuda = False, True
 
     assert norms.device_reason(OnCuda()) == "no CUDA kernels: not built"
 

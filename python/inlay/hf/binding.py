@@ -49,12 +49,12 @@ class Binding:
     path: str
     strict: bool
     had_instance_forward: bool
-    calls: Counter[str] = field(default_factory=Counter)
+    calls: Counter[torch.device] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
 
-    def count_call(self, device_type: str) -> None:
+    def count_call(self, device: torch.device) -> None:
         if not torch.compiler.is_compiling():  # a changing counter would make compiled code recompile
-            self.calls[device_type] += 1
+            self.calls[device] += 1
 
     def count_fallback(self, reason: str) -> None:
         if self.strict:

@@ -31,62 +31,45 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if binding is None:
         return type(self).forward(self, *args, **kwargs)
     spec: NormSpec = binding.plan.spec
-    inputs = args
-    if kwargs:
-        inputs = (*args, *(kwargs[name] for name in spec.arguments[len(args) :] if name in kwargs))
-    if len(inputs) == len(args) + len(kwargs) and 1 <= len(inputs) <= len(spec.arguments):
-        y = fused(self, spec, *inputs)
+    inputs = _positional(spec, args, kwargs) if kwargs else args
+    if 1 <= len(inputs) <= len(spec.arguments):
+        y = _fused(self, spec, *inputs)
     else:
         y = f"called with other arguments than {', '.join(spec.arguments)}"
     if isinstance(y, str):
         binding.count_fallback(y)
         return type(self).forward(self, *args, **kwargs)
-    binding.count_call(y.device.type)
+    binding.count_call(y.device)
     return y
 
 
-def fused(module: nn.Module, spec: NormSpec, x: Tensor, gate: Tensor | None = None) -> Tensor | str:
-    """The module's result, or why its own code has to compute it."""
-    weight = module.weight if spec.has_weight else None
-    bias = module.bias if spec.has_bias else None
-    setting = setting_for(spec, x, weight, bias, gate)
-    if isinstance(setting, str):
-        return setting
-    order = None
-    if not x.is_contiguous():
-        order = _memory_order(x)
-        if not spec.keeps_order:
-            x, order = x if order else x.contiguous(), None
-        elif order is None:
-            return "x is strided in its last dimension"
-        elif order == tuple(range(x.dim())):
-            order = None
-        else:
-            x = x.permute(order)
-            gate = gate if gate is None else gate.permute(order)
-    if gate is not None and gate.stride(-1) != 1:
-        gate = gate.contiguous()
-    if setting.widen:
-        x = x.float()
-    arguments = (x, weight, bias) if gate is None else (x, gate, weight, bias)
-    y = _FUNCTIONS[setting.op](*arguments, eps=getattr(module, spec.eps), **setting.options)
-    return y if order is None else y.permute([order.index(dim) for dim in range(y.dim())])
+def vectors(module: nn.Module, spec: NormSpec) -> tuple[Tensor | None, Tensor | None]:
+    """The module's weight and bias as they are now: parameters, or what stands in for them (FSDP, parametrisations)."""
+    parameters = module._parameters  # module.weight gets there too, in eight times the time
+    weight = bias = None
+    if spec.has_weight:
+        weight = parameters["weight"] if "weight" in parameters else module.weight
+    if spec.has_bias:
+        bias = parameters["bias"] if "bias" in parameters else module.bias
+    return weight, bias
 
 
 def setting_for(
-    spec: NormSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None
+    spec: NormSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None = None
 ) -> Setting | str:
-    """How to compute this call, or why not."""
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("gate", gate)):
+    """How to compute this call, or why the module's own code has to."""
+    if type(x) not in _PLAIN:
+        return f"x is a {type(x).__name__}"
+    for tensor in (weight, bias, gate):
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN:
-            return f"{name} is a {type(tensor).__name__}"
+            return f"a weight, bias or gate is a {type(tensor).__name__}"
         if tensor.device != x.device:
-            return f"{name} is on {tensor.device.type}, x on {x.device.type}"
+            return f"a weight, bias or gate is on {tensor.device.type}, x on {x.device.type}"
     if gate is not None and (gate.dtype != x.dtype or gate.shape != x.shape):
         return "gate and x differ in shape or dtype"
-    if weight is not None and bias is not None and bias.dtype != weight.dtype:
+    if bias is not None and (weight is None or bias.dtype != weight.dtype):
         return "weight and bias differ in dtype"
     if x.dim() == 0 or (spec.width is not None and x.shape[-1] != spec.width):
         return f"x is not {spec.width} wide"
@@ -97,13 +80,47 @@ def setting_for(
     return device_reason(x) or context_reason(spec, x) or setting
 
 
+def _positional(spec: NormSpec, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """All arguments in order; none if one of them is neither x nor the gate."""
+    named = [kwargs[name] for name in spec.arguments[len(args) :] if name in kwargs]
+    return (*args, *named) if len(named) == len(kwargs) else ()
+
+
+def _fused(module: nn.Module, spec: NormSpec, x: Tensor, gate: Tensor | None = None) -> Tensor | str:
+    """The module's result, or why its own code has to compute it."""
+    weight, bias = vectors(module, spec)
+    setting = setting_for(spec, x, weight, bias, gate)
+    if isinstance(setting, str):
+        return setting
+    order = None
+    if not x.is_contiguous():
+        order = _memory_order(x)
+        if order is None and spec.keeps_order:
+            return "x is strided in its last dimension"
+        if order is None:
+            x = x.contiguous()  # as its own code does
+        elif not spec.keeps_order or order == sorted(order):
+            order = None
+        else:
+            x, gate = x.permute(order), gate if gate is None else gate.permute(order)
+    if gate is not None and gate.stride(-1) != 1:
+        gate = gate.contiguous()
+    if setting.widen:
+        x = x.float()
+    eps = getattr(module, spec.eps)
+    if gate is None:
+        y = _FUNCTIONS[setting.op](x, weight, bias, eps=eps, **setting.options)
+    else:
+        y = _FUNCTIONS[setting.op](x, gate, weight, bias, eps=eps, **setting.options)
+    return y if order is None else y.permute([order.index(dim) for dim in range(y.dim())])
+
+
 def device_reason(x: Tensor) -> str | None:
     """Why there is no native kernel for a tensor like x."""
-    kind = x.device.type
-    if kind == "cpu":
+    if x.is_cpu:
         return None
-    if kind != "cuda":
-        return f"no kernels for device {kind}"
+    if not x.is_cuda:
+        return f"no kernels for device {x.device.type}"
     if not _load.cuda_library().loaded:
         return f"no CUDA kernels: {_load.cuda_library().reason}"
     return "no CUDA kernels for float64" if x.dtype == torch.float64 else None
@@ -126,12 +143,11 @@ def context_reason(spec: NormSpec, x: Tensor) -> str | None:
     return None
 
 
-def _memory_order(x: Tensor) -> tuple[int, ...] | None:
+def _memory_order(x: Tensor) -> list[int] | None:
     """The dimensions from the slowest to the fastest in memory, or None if the last one is not dense."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return None
-    leading = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
-    return *leading, x.dim() - 1
+    return [*sorted(range(x.dim() - 1), key=x.stride, reverse=True), x.dim() - 1]
 
 
 def _name(tensor: Tensor) -> str:

@@ -35,12 +35,12 @@ class Entry:
 
     @classmethod
     def patched(cls, path: str, module: nn.Module, binding: Binding) -> Entry:
-        devices = sorted(binding.calls) or sorted({parameter.device.type for parameter in module.parameters()})
+        devices = binding.calls or [parameter.device for parameter in module.parameters()]
         return cls(
             path,
             type(module).__name__,
             binding.plan.op,
-            "+".join(devices),
+            "+".join(sorted({device.type for device in devices})),
             sum(binding.calls.values()),
             dict(binding.fallbacks),
         )

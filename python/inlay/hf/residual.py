@@ -65,13 +65,11 @@ def add_norm(layer: nn.Module, name: str, a: Tensor, b: Tensor) -> tuple[Tensor,
     norm = getattr(layer, name)
     binding = binding_of(layer)
     if binding is not None:
-        setting = _setting(norm, binding.plan.spec.norms[name], a, b)
+        spec = binding.plan.spec.norms[name]
+        setting = _setting(norm, spec, a, b)
         if isinstance(setting, Setting):
-            y, h = add_rms_norm(
-                b, a, getattr(norm, "weight", None), getattr(norm, "bias", None),
-                eps=getattr(norm, binding.plan.spec.norms[name].eps), **setting.options,
-            )  # fmt: skip
-            binding.count_call(h.device.type)
+            y, h = add_rms_norm(b, a, *norms.vectors(norm, spec), eps=getattr(norm, spec.eps), **setting.options)
+            binding.count_call(h.device)
             return h, y
         binding.count_fallback(f"{name}: {setting}")
     h = a + b
@@ -93,8 +91,7 @@ def _setting(norm: nn.Module, spec: NormSpec, a: Any, b: Any) -> Setting | str:
         return "the residual and the sublayer's output differ in dtype, shape or device"
     if not (a.is_contiguous() and b.is_contiguous()):
         return "the residual or the sublayer's output is not contiguous"
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    setting = norms.setting_for(spec, a, weight, bias, None)
+    setting = norms.setting_for(spec, a, *norms.vectors(norm, spec))
     if isinstance(setting, Setting) and setting.widen:
         return "its result is wider than the residual"
     return setting
