@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from shutil import get_terminal_size
 from textwrap import indent as _indent
 from typing import Any
 
@@ -67,7 +68,9 @@ class Progress:
         self._note = ""
         self._bar: Any = None
         if sys.stderr.isatty() and find_spec("tqdm"):
-            self._bar = import_module("tqdm").tqdm(total=total, desc=f"  {title}", unit=unit)
+            self._bar = import_module("tqdm").tqdm(
+                total=total, desc=f"  {title}", unit=f" {unit}s", ncols=min(get_terminal_size().columns, 120)
+            )
 
     def note(self, text: str) -> None:
         """What to show beside the bar."""

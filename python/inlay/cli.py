@@ -75,6 +75,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     _need_transformers()
+    _need_folder(options.model)
     from inlay.hf.inspect import inspect_model
 
     try:
@@ -89,6 +90,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     _need_transformers()
+    if options.model is not None:
+        _need_folder(options.model)
     from inlay.demo.run import run
 
     return run(options)
@@ -97,3 +100,10 @@ def _demo(options: argparse.Namespace) -> int:
 def _need_transformers() -> None:
     if find_spec("transformers") is None:
         raise CommandError("the package transformers is not installed", "pip install 'inlay[demo]'")
+
+
+def _need_folder(model: str) -> None:
+    """Refuse what can only be a path, not a model id ("name" or "owner/name"), where no folder has that path."""
+    path = Path(model)
+    if (path.is_absolute() or model.startswith(".") or len(path.parts) > 2) and not path.is_dir():
+        raise CommandError(f"there is no folder {model}", "give the folder of a saved model, or a model id")

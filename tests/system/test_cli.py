@@ -25,7 +25,8 @@ def run_with_mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str
 
 def test_module_runs_as_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "inlay", "info"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(inlay.info()).strip()
+    assert done.stdout.startswith(f"Inlay {inlay.info().version}\n")
+    assert "inlay::norm" in done.stdout
 
 
 def test_info_knows_what_is_loaded() -> None:
@@ -69,16 +70,31 @@ def test_inspect_shows_what_would_be_patched(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_inspect_of_an_absent_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "absent" in run_with_mistake(capsys, "inspect", str(tmp_path / "absent"))
+    assert "no folder" in run_with_mistake(capsys, "inspect", str(tmp_path / "absent"))
+
+
+def test_inspect_of_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "config.json" in run_with_mistake(capsys, "inspect", str(tmp_path))
 
 
 def test_demo_of_an_absent_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "absent" in run_with_mistake(capsys, "demo", "--device", "cpu", "--model", str(tmp_path / "absent"))
+    assert "no folder" in run_with_mistake(capsys, "demo", "--device", "cpu", "--model", str(tmp_path / "absent"))
+
+
+def test_demo_of_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    arguments = ("--device", "cpu", "--output", str(tmp_path), "--model", str(tmp_path / "model"))
+    assert "--model" in run_with_mistake(capsys, "demo", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_demo_without_the_gpu_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert "finds no GPU" in run_with_mistake(capsys, "demo", "--device", "cuda")
+
+
+def test_demo_with_a_file_as_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "File exists" in run_with_mistake(capsys, "demo", "--device", "cpu", "--output", str(tmp_path / "file"))
 
 
 def test_demo_with_too_few_steps(capsys: pytest.CaptureFixture[str]) -> None:

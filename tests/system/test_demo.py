@@ -122,7 +122,7 @@ def test_generates_with_bytes_where_there_is_no_tokenizer(demo: Any, tmp_path: P
 
 def test_no_tokenizer_and_a_vocabulary_too_small_for_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_llama(tmp_path / "model", vocab_size=100)
-    assert cli.main(["demo", "--device", "cpu", "--model", str(tmp_path / "model")]) == 2
+    assert cli.main(["demo", "--device", "cpu", "--output", str(tmp_path), "--model", str(tmp_path / "model")]) == 2
     assert "too small for bytes" in capsys.readouterr().err
 
 

@@ -65,6 +65,6 @@ def nudged(model: Any, seed: int) -> Any:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.is_floating_point():
-                direction = torch.randint(0, 2, weight.shape, generator=generator, device=weight.device) * 2 - 1
-                weight.copy_(weight.double() * (1 + torch.finfo(weight.dtype).eps * direction))
+                coin = torch.randint(2, weight.shape, generator=generator, device=weight.device, dtype=torch.int8)
+                weight.copy_(weight.double() * (1 + torch.finfo(weight.dtype).eps * (2 * coin - 1)))
     return model

@@ -64,8 +64,9 @@ def _differences(axis: Any, training: Training) -> None:
         distances = [max(abs(a - b), _SMALLEST) for a, b in zip(run.losses, reference, strict=True)]
         axis.plot(steps, distances, color=color, label=label)
     axis.set(title="Distance from the unpatched loss", xlabel="step", yscale="log")
+    axis.set_ylim(_SMALLEST / 2, axis.get_ylim()[1] * 30)  # room for the legend
     axis.grid(axis="y", color=_FAINT)
-    axis.legend()
+    axis.legend(loc="upper left")
 
 
 def _throughput(axis: Any, training: Training | None, generation: Generation) -> None:

@@ -37,7 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(options: Options) -> int:
     started = time.perf_counter()
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"--output {options.output}: {error.strerror}", "give a folder that can be written"
+        ) from error
     if options.model is None:
         model, tokenizer = new_model(options), data.ByteTokenizer()
     else:

@@ -46,11 +46,13 @@ def setting(model: Any, options: Options) -> None:
         ("weights", options.model or "new, random"),
         ("device", device_text(options.device)),
         ("unpatched", "transformers' own code" + (f" with {', '.join(installed)}" if installed else ", PyTorch only")),
-        ("text", "Python's documentation (pydoc_data.topics), a token a byte"),
     ]
     if options.model is None:
         size = f"{options.batch_size} x {options.sequence_length} tokens"
-        rows.append(("training", f"{options.steps} steps of {size}, AdamW, seed {options.seed}"))
+        rows += [
+            ("text", "Python's documentation (pydoc_data.topics), a token a byte"),
+            ("training", f"{options.steps} steps of {size}, AdamW, seed {options.seed}"),
+        ]
     print(indent(facts(rows)), flush=True)
 
 
