@@ -137,10 +137,9 @@ class _Probe:
         vectors = {name: p for name, p in module._parameters.items() if p is not None}
         normalized_shape = getattr(module, "normalized_shape", None)
         self.has_weight, self.has_bias = "weight" in vectors, "bias" in vectors
+        self.width: int | None = normalized_shape[0] if normalized_shape else None
         if self.has_weight:
             self.width = vectors["weight"].shape[0]
-        else:
-            self.width = normalized_shape[0] if normalized_shape else None
         width = self.width or 64
 
         generator = torch.Generator().manual_seed(0)
@@ -180,7 +179,7 @@ class _Probe:
         )
 
     def _settings(self, eps: Any, n_arguments: int) -> dict[tuple[torch.dtype, torch.dtype | None, bool], Setting]:
-        settings = {}
+        settings: dict[tuple[torch.dtype, torch.dtype | None, bool], Setting] = {}
         if eps is not None and not isinstance(eps, (int, float)):
             return settings
         for x_dtype, gated in product(_DTYPES, (False, True)[:n_arguments]):
@@ -236,9 +235,9 @@ class _Probe:
 
     def _autocast_neutral(self, gated: bool) -> bool:
         """Whether 16-bit tensors only meet functions that autocast leaves alone on every device."""
-        half = [self.x.bfloat16(), torch.bfloat16, self.gate.bfloat16() if gated else None]
+        x, gate = self.x.bfloat16(), self.gate.bfloat16() if gated else None
         with _HalfPrecisionCalls() as calls:
-            self._run(*half)
+            self._run(x, torch.bfloat16, gate)
         return calls.names <= _LEFT_ALONE_BY_AUTOCAST
 
 
