@@ -22,6 +22,7 @@ from inlay import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
+_MAX_WIDTH = 65536
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def _structural_reason(module: nn.Module, eps_names: list[str]) -> str | None:
         return f"its parameters are not a weight and an optional bias but {', '.join(vectors)}"
     dims = max([len(getattr(module, "normalized_shape", [1])), *(vector.dim() for vector in vectors.values())])
     if dims > 1:
-        return f"it normalises over {dims} dimensions, not over the last one"
+        return f"its weight has {dims} dimensions; only norms over the last dimension are supported"
+    if any(vector.shape[0] > _MAX_WIDTH for vector in vectors.values()):
+        return f"it is wider than {_MAX_WIDTH}"
     for name, vector in vectors.items():
         if not vector.is_floating_point():
             return f"its {name} is {vector.dtype}"

@@ -7,7 +7,6 @@ import ast
 import functools
 import inspect
 import linecache
-import textwrap
 from collections.abc import Callable
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -49,21 +48,29 @@ def _rewrite_definition(function: Callable, edit: Edit, helpers: dict[str, Calla
     if not isinstance(function, FunctionType):
         return f"its forward is a {type(function).__name__}, not a Python function"
     try:
-        definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        source = inspect.getsource(function)
+        definition, unedited = _definition(source), _definition(source)
     except (OSError, TypeError, SyntaxError) as error:
         return f"the source of its forward cannot be read: {error}"
-    if not isinstance(definition, ast.FunctionDef):
-        return "the source of its forward is not a function definition"
-    definition.decorator_list = []
-    if _words(_compile(function, definition, helpers, "unedited")) != _words(function.__code__):
-        return "the source of its forward is not the code that runs"
     done = edit(definition)
     if not isinstance(done, Edited):
         return done
+    if _words(_compile(function, unedited, helpers, "unedited")) != _words(function.__code__):
+        return "the source of its forward is not the code that runs"
     code = _compile(function, definition, helpers, done)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     cells |= {name: CellType(helper) for name, helper in helpers.items()}
     return _like(function, code, tuple(cells[name] for name in code.co_freevars))
+
+
+def _definition(source: str) -> ast.FunctionDef:
+    """The definition without its decorators. Not dedented first: that would change strings of several lines."""
+    module = ast.parse("if True:\n" + source if source[0].isspace() else source)
+    definition = next(node for node in ast.walk(module) if isinstance(node, ast.stmt) and not isinstance(node, ast.If))
+    if not isinstance(definition, ast.FunctionDef):
+        raise SyntaxError("not a function definition")
+    definition.decorator_list = []
+    return definition
 
 
 _FUTURES = [getattr(__future__, name).compiler_flag for name in __future__.all_feature_names]
