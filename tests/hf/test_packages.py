@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,44 @@ def test_device_map(tmp_path: Path) -> None:
     with torch.no_grad():
         _same_logits(model, reference)
     assert inlay.report(model).calls > 0
+
+
+# --- FSDP2 ---
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_fsdp2(checkpointing: bool, patch_first: bool) -> None:
+    """fully_shard swaps the layers' classes for derived ones, which transformers 5.23 checkpoints, not the originals."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = language_model("qwen3").train()
+    ids = tokens(model)
+    expected = gradients(deepcopy(model), ids)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if patch_first:
+        inlay.patch(model, strict=True)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    inlay.patch(model, strict=True)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    actual = {name: parameter.grad.full_tensor().double() for name, parameter in model.named_parameters()}
+    assert max(relative_error(actual, expected).values()) < 1e-3
+    layers = [entry for entry in inlay.report(model).patched if entry.op == "add_rms_norm"]
+    assert [entry.calls for entry in layers] == [2 if checkpointing else 1] * 2
 
 
 # --- diffusers ---

@@ -139,10 +139,11 @@ def test_finds_the_gate(activation: str, norm_first: bool) -> None:
         (OnlyWhenTraining().eval(), "more than each row"),
         (HasBuffer(), "buffers"),
         (nn.BatchNorm1d(40), "buffers"),
+        (nn.LayerNorm(100_000, device="meta"), "wider than 65536"),
         (NeedsScale(), "takes 3 arguments"),
         (NormWithoutEps(), "no eps"),
-        (nn.LayerNorm((3, 40)), "over 2 dimensions"),
-        (nn.RMSNorm((3, 40), elementwise_affine=False), "over 2 dimensions"),
+        (nn.LayerNorm((3, 40)), "has 2 dimensions"),
+        (nn.RMSNorm((3, 40), elementwise_affine=False), "has 2 dimensions"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

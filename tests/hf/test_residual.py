@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import linecache
 import traceback
 from functools import wraps
 from types import SimpleNamespace
@@ -173,6 +174,17 @@ def _without_source() -> type[nn.Module]:
     return type("WithoutSource", (Layer,), {"forward": namespace["forward"]})
 
 
+def _with_other_source() -> type[nn.Module]:
+    """As after an edit of the file of a class that is in use."""
+    namespace: dict[str, Any] = {}
+    running = "def forward(self, x):\n    x = x + self.first(x)\n    y = self.second(x)\n    return x + y\n"
+    exec(compile(running, "<edited>", "exec"), namespace)
+    edited = running.replace("self.first(x)", "self.mlp(x)").splitlines(keepends=True)
+    linecache.cache["<edited>"] = (0, None, edited, "<edited>")
+    namespace["forward"].__module__ = __name__
+    return type("OtherSource", (Layer,), {"forward": namespace["forward"]})
+
+
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
@@ -181,6 +193,7 @@ def _without_source() -> type[nn.Module]:
         (SomethingBetween, "no residual add of its forward is directly followed by an RMSNorm"),
         (OpaqueDecorator, "a decorator that cannot be put around another function"),
         (_without_source(), "source of its forward cannot be read"),
+        (_with_other_source(), "source of its forward is not the code that runs"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -22,6 +22,7 @@ from inlay import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
+_MAX_WIDTH = 65536
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def _structural_reason(module: nn.Module, eps_names: list[str]) -> str | None:
         return f"its parameters are not a weight and an optional bias but {', '.join(vectors)}"
     dims = max([len(getattr(module, "normalized_shape", [1])), *(vector.dim() for vector in vectors.values())])
     if dims > 1:
-        return f"it normalises over {dims} dimensions, not over the last one"
+        return f"its weight has {dims} dimensions; only norms over the last dimension are supported"
+    if any(vector.shape[0] > _MAX_WIDTH for vector in vectors.values()):
+        return f"it is wider than {_MAX_WIDTH}"
     for name, vector in vectors.items():
         if not vector.is_floating_point():
             return f"its {name} is {vector.dtype}"
@@ -137,10 +140,9 @@ class _Probe:
         vectors = {name: p for name, p in module._parameters.items() if p is not None}
         normalized_shape = getattr(module, "normalized_shape", None)
         self.has_weight, self.has_bias = "weight" in vectors, "bias" in vectors
+        self.width: int | None = normalized_shape[0] if normalized_shape else None
         if self.has_weight:
             self.width = vectors["weight"].shape[0]
-        else:
-            self.width = normalized_shape[0] if normalized_shape else None
         width = self.width or 64
 
         generator = torch.Generator().manual_seed(0)
@@ -180,7 +182,7 @@ class _Probe:
         )
 
     def _settings(self, eps: Any, n_arguments: int) -> dict[tuple[torch.dtype, torch.dtype | None, bool], Setting]:
-        settings = {}
+        settings: dict[tuple[torch.dtype, torch.dtype | None, bool], Setting] = {}
         if eps is not None and not isinstance(eps, (int, float)):
             return settings
         for x_dtype, gated in product(_DTYPES, (False, True)[:n_arguments]):
@@ -236,9 +238,9 @@ class _Probe:
 
     def _autocast_neutral(self, gated: bool) -> bool:
         """Whether 16-bit tensors only meet functions that autocast leaves alone on every device."""
-        half = [self.x.bfloat16(), torch.bfloat16, self.gate.bfloat16() if gated else None]
+        x, gate = self.x.bfloat16(), self.gate.bfloat16() if gated else None
         with _HalfPrecisionCalls() as calls:
-            self._run(*half)
+            self._run(x, torch.bfloat16, gate)
         return calls.names <= _LEFT_ALONE_BY_AUTOCAST
 
 

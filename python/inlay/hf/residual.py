@@ -18,16 +18,10 @@ and the norm are still computed by the module where a call cannot be fused (:fun
 
 from __future__ import annotations
 
-import __future__
-
 import ast
 import functools
-import inspect
-import linecache
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -37,6 +31,7 @@ from torch.nn.modules import module as torch_module
 from inlay.hf import norms
 from inlay.hf.binding import Plan, binding_of
 from inlay.hf.recognise import NormSpec, Setting, recognise
+from inlay.hf.rewrite import Edited, rewrite
 from inlay.ops.norm import add_rms_norm
 
 OPS = ("add_rms_norm",)
@@ -44,8 +39,8 @@ OPS = ("add_rms_norm",)
 
 def plan(module: nn.Module) -> Plan | str | None:
     """A plan for a layer that adds a residual and then calls one of its RMSNorms; why not; None for other modules."""
-    specs = {name: recognise(child) for name, child in module.named_children()}
-    specs = {name: spec for name, spec in specs.items() if isinstance(spec, NormSpec) and spec.op == "rms_norm"}
+    found = {name: recognise(child) for name, child in module.named_children()}
+    specs = {name: spec for name, spec in found.items() if isinstance(spec, NormSpec) and spec.op == "rms_norm"}
     if not specs:
         return None
     forward = _forward_for(type(module).forward, frozenset(specs))
@@ -113,7 +108,7 @@ def _has_hooks(module: nn.Module) -> bool:
 @functools.cache
 def _forward_for(original: Callable, names: frozenset[str]) -> Callable | str | None:
     """The instance forward for layers whose class's forward is ``original``."""
-    rewritten = _rewrite(original, names)
+    rewritten = _fused(original, names)
     if not callable(rewritten):
         return rewritten
     derived: dict[Callable, Callable | str | None] = {}
@@ -125,49 +120,30 @@ def _forward_for(original: Callable, names: frozenset[str]) -> Callable | str | 
             return rewritten(self, *args, **kwargs)
         # The layer's class changed after patching: FSDP2 derives one, whose forward may wrap the original once more.
         if current not in derived and not torch.compiler.is_compiling():
-            derived[current] = _rewrite(current, names)
+            derived[current] = _fused(current, names)
         function = derived.get(current)
         return (function if callable(function) else current)(self, *args, **kwargs)
 
     return forward
 
 
-def _rewrite(function: Callable, names: frozenset[str]) -> Callable | str | None:
-    """``function`` with its decorators and every residual add before one of the norms fused; None if it has none."""
-    wrapped = getattr(function, "__wrapped__", None)
-    if wrapped is None:
-        return _rewrite_plain(function, names)
-    inner = _rewrite(wrapped, names)
-    if not callable(inner):
-        return inner
-    # A decorator's wrapper reaches what it wraps through its closure: the same wrapper around another function is the
-    # same code with another cell.
-    cells = getattr(function, "__closure__", None) or ()
-    closure = tuple(CellType(inner) if cell.cell_contents is wrapped else cell for cell in cells)
-    if closure == cells:
-        return "its forward has a decorator that cannot be put around another function"
-    return _like(function, function.__code__, closure, __wrapped__=inner)
+def _fused(function: Callable, names: frozenset[str]) -> Callable | str | None:
+    """``function`` with every residual add before one of the norms fused; why not; None if it adds no residual."""
+    return rewrite(function, functools.partial(_fuse_all, names=names), {"_inlay_add_norm": add_norm})
 
 
-def _rewrite_plain(function: Callable, names: frozenset[str]) -> Callable | str | None:
-    if not isinstance(function, FunctionType):
-        return f"its forward is a {type(function).__name__}, not a Python function"
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError) as error:
-        return f"the source of its forward cannot be read: {error}"
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or definition.name != function.__name__:
-        return "the source of its forward is not a function definition"
-    definition.decorator_list = []
-    layer = definition.args.args[0].arg
+def _fuse_all(definition: ast.FunctionDef, names: frozenset[str]) -> Edited | str | None:
+    arguments = definition.args.posonlyargs + definition.args.args
+    if not arguments:
+        return None
+    layer = arguments[0].arg
     fused = [name for body in list(_bodies(definition)) for name in _fuse(body, layer, names)]
     if fused:
-        return _compile(function, definition, fused)
-    sums = {_sum_target(node) for node in ast.walk(definition)} - {None}
-    if any(_norm_called(node, layer, total) in names for node in ast.walk(definition) for total in sums):
-        return "no residual add of its forward is directly followed by an RMSNorm"
-    return None
+        return Edited("fused " + ", ".join(fused))
+    nodes = list(ast.walk(definition))
+    sums = {addition[0] for addition in map(_addition, nodes) if addition}
+    norms_called = {call[1] for node in nodes for total in sums if (call := _norm_call(node, layer, total))}
+    return "no residual add of its forward is directly followed by an RMSNorm" if norms_called & names else None
 
 
 def _bodies(definition: ast.FunctionDef) -> Iterator[list[ast.stmt]]:
@@ -179,31 +155,33 @@ def _bodies(definition: ast.FunctionDef) -> Iterator[list[ast.stmt]]:
 
 
 def _fuse(body: list[ast.stmt], layer: str, names: frozenset[str]) -> Iterator[str]:
-    """Rewrites each ``h = a + b; [r = h;] y = layer.norm(h)`` in place and yields the norms' names."""
+    """Rewrites each ``h = a + b; [r = h;] y = layer.norm(h)`` in place, and yields the norms' names."""
     for index, statement in enumerate(body):
-        total = _sum_target(statement)
-        if total is None:
+        addition = _addition(statement)
+        if addition is None:
             continue
+        total, a, b = addition
         at = index + 1
         if at < len(body) and _is_alias(body[at], total):
             at += 1
-        name = _norm_called(body[at], layer, total) if at < len(body) else None
-        if name not in names:
+        call = _norm_call(body[at], layer, total) if at < len(body) else None
+        if call is None or call[1] not in names:
             continue
-        addition, normed = statement.value, body[at]
-        call = f"{total}, _inlay_normed = _inlay_add_norm({layer}, {name!r}, 0, 0)"
-        statement = ast.parse(call).body[0]
-        statement.value.args[2:] = [addition.left, addition.right]
-        body[index] = statement
-        normed.value = ast.Name("_inlay_normed", ast.Load())
+        target, name = call
+        body[index] = _statement(f"{total}, _inlay_normed = _inlay_add_norm({layer}, {name!r}, {a}, {b})")
+        body[at] = _statement(f"{target} = _inlay_normed")
         yield name
 
 
-def _sum_target(node: ast.AST) -> str | None:
-    """h, for ``h = a + b``."""
+def _statement(source: str) -> ast.stmt:
+    return ast.parse(source).body[0]
+
+
+def _addition(node: ast.AST) -> tuple[str, str, str] | None:
+    """The names or sources of h, a and b, for ``h = a + b``."""
     match node:
-        case ast.Assign(targets=[ast.Name(id=total)], value=ast.BinOp(op=ast.Add())):
-            return total
+        case ast.Assign(targets=[ast.Name(id=total)], value=ast.BinOp(left=a, op=ast.Add(), right=b)):
+            return total, ast.unparse(a), ast.unparse(b)
     return None
 
 
@@ -215,52 +193,14 @@ def _is_alias(node: ast.AST, total: str) -> bool:
     return False
 
 
-def _norm_called(node: ast.AST, layer: str, total: str) -> str | None:
-    """norm, for ``y = layer.norm(h)``."""
+def _norm_call(node: ast.AST, layer: str, total: str) -> tuple[str, str] | None:
+    """The names y and norm, for ``y = layer.norm(h)``."""
     match node:
         case ast.Assign(
-            targets=[ast.Name()],
+            targets=[ast.Name(id=target)],
             value=ast.Call(
                 func=ast.Attribute(value=ast.Name(id=owner), attr=name), args=[ast.Name(id=argument)], keywords=[]
             ),
         ) if owner == layer and argument == total:
-            return name
+            return target, name
     return None
-
-
-_FUTURE_FLAGS = functools.reduce(
-    lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0
-)
-
-
-def _compile(function: FunctionType, definition: ast.FunctionDef, fused: list[str]) -> FunctionType:
-    """The rewritten definition as a function that shares the original's globals, closure, defaults and attributes."""
-    *_, owner, _ = ("", *function.__qualname__.split("."))
-    # The class around it makes the compiler mangle names and resolve super() as it did for the original.
-    free = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
-    body = textwrap.indent(ast.unparse(ast.fix_missing_locations(definition)), " " * 8)
-    source = f"def scope(_inlay_add_norm, {free}):\n    class {owner or 'scope'}:\n{body}\n"
-    filename = f"<inlay: {function.__module__}.{function.__qualname__}, {', '.join(fused)}>"
-    # Tracebacks and inspect.getsource show the rewritten text.
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    flags = function.__code__.co_flags & _FUTURE_FLAGS
-    code = _code_named(compile(source, filename, "exec", flags, dont_inherit=True), function.__name__)
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells["_inlay_add_norm"] = CellType(add_norm)
-    return _like(function, code, tuple(cells[name] for name in code.co_freevars))
-
-
-def _code_named(code: CodeType, name: str) -> CodeType:
-    scope = next(const for const in code.co_consts if isinstance(const, CodeType))
-    owner = next(const for const in scope.co_consts if isinstance(const, CodeType))
-    return next(const for const in owner.co_consts if isinstance(const, CodeType) and const.co_name == name)
-
-
-def _like(function: FunctionType, code: CodeType, closure: tuple[CellType, ...], **attributes: Any) -> FunctionType:
-    """``function`` with other code and closure."""
-    copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(copy, function)
-    del copy.__wrapped__
-    vars(copy).update(attributes)
-    return copy
