@@ -98,7 +98,8 @@ $(VENV)/.inlay-requirements: requirements.in
 else
 $(VENV)/.inlay-requirements: requirements.in requirements.lock
 	@echo "inlay: installing pinned dependencies into $(VENV)"
-	@$(PYTHON) -m venv $(VENV) && touch $(VENV)/.inlay-owned
+	@mkdir -p $(VENV) && touch $(VENV)/.inlay-owned
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet $$(grep ^torch== requirements.lock)
 	@$(BIN)/python -m pip install --quiet --requirement $$($(BIN)/python -c \
 	  'import sys; print("requirements.lock" if sys.version_info >= (3, 11) else "requirements.in")')
