@@ -41,7 +41,7 @@ void backward_rows(const BackwardParams& p, int64_t begin, int64_t end, Backward
 
     Accumulator<Vec> dot;    // of g and n
     Accumulator<Vec> total;  // of g
-    sweep_in_parts<Vec>(width, [&](int64_t i, auto lanes, int part) {
+    const auto take_sums = [&](int64_t i, auto lanes, int part) {
       const Vec weight = Vec::load(scratch.weight + i, lanes);
       Vec upstream = dy.load(i, lanes);
       Vec v = x.load(i, lanes);
@@ -63,7 +63,8 @@ void backward_rows(const BackwardParams& p, int64_t begin, int64_t end, Backward
       const Vec g = upstream * weight;
       dot.add_product(g, n, part);
       total.add(g, part);
-    });
+    };
+    sweep_sums<Vec>(width, take_sums, dot, total);
 
     const Vec minus_mean_dot = Vec::set(-(dot.total() * share));
     const Vec mean_g = Vec::set(p.kind == Kind::layer ? total.total() * share : Scalar(0));

@@ -64,18 +64,20 @@ void forward_rows(const ForwardParams& p, int64_t begin, int64_t end, ForwardScr
     Scalar mean = 0;
     if (is_layer) {
       Accumulator<Vec> values;
-      sweep_in_parts<Vec>(width, [&](int64_t i, auto lanes, int part) { values.add(make(i, lanes), part); });
+      sweep_sums<Vec>(width, [&](int64_t i, auto lanes, int part) { values.add(make(i, lanes), part); }, values);
       mean = values.total() / static_cast<Scalar>(width);
       const Vec centre = Vec::set(mean);
-      sweep_in_parts<Vec>(width, [&](int64_t i, auto lanes, int part) {
+      const auto add_square = [&](int64_t i, auto lanes, int part) {
         const Vec v = Vec::keep(reload(i, lanes) - centre, lanes);
         squares.add_product(v, v, part);
-      });
+      };
+      sweep_sums<Vec>(width, add_square, squares);
     } else {
-      sweep_in_parts<Vec>(width, [&](int64_t i, auto lanes, int part) {
+      const auto add_square = [&](int64_t i, auto lanes, int part) {
         const Vec v = make(i, lanes);
         squares.add_product(v, v, part);
-      });
+      };
+      sweep_sums<Vec>(width, add_square, squares);
     }
     const Scalar rstd = 1 / square_root(squares.total() / count + static_cast<Scalar>(p.eps));
     if (p.mean) static_cast<Scalar*>(p.mean)[row] = mean;
