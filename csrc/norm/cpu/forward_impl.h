@@ -32,6 +32,10 @@ void forward_rows(const ForwardParams& p, int64_t begin, int64_t end, ForwardScr
     const RowReader<Vec, T> x(p.x, row);
     const RowReader<Vec, T> residual(p.residual, row);
     const RowReader<Vec, T> gate(p.gate, row);
+    const int64_t next = row + 1 < end ? row + 1 : row;
+    const RowReader<Vec, T> next_x(p.x, next);
+    const RowReader<Vec, T> next_residual(p.residual, next);
+    const RowReader<Vec, T> next_gate(p.gate, next);
     const RowWriter<Vec, T> residual_out(p.residual_out, row, width, stream);
     const RowWriter<Vec, T> y(p.y, row, width, stream);
 
@@ -74,6 +78,7 @@ void forward_rows(const ForwardParams& p, int64_t begin, int64_t end, ForwardScr
       sweep_sums<Vec>(width, add_square, squares);
     } else {
       const auto add_square = [&](int64_t i, auto lanes, int part) {
+        if constexpr (form == Form::gate_after) gate.prefetch(i);
         const Vec v = make(i, lanes);
         squares.add_product(v, v, part);
       };
@@ -86,6 +91,9 @@ void forward_rows(const ForwardParams& p, int64_t begin, int64_t end, ForwardScr
     const Vec centre = Vec::set(mean);
     const Vec factor = Vec::set(rstd);
     sweep<Vec>(width, [&](int64_t i, auto lanes) {
+      next_x.prefetch(i);
+      if constexpr (form == Form::add) next_residual.prefetch(i);
+      if constexpr (form == Form::gate_before) next_gate.prefetch(i);
       Vec v = (reload(i, lanes) - centre) * factor;
       if constexpr (stepwise) v = to_x(v);
       v = v * Vec::load(scratch.weight + i, lanes);
