@@ -8,8 +8,11 @@
 namespace inlay::cpu {
 namespace {
 
+// One shuffle of a broadcast load puts each element into the upper half of its lane: cheaper than to widen and shift.
 INLAY_INLINE __m256 widen(__m128i bits, bf16) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  const __m256i upper_halves = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                                -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bits), upper_halves));
 }
 INLAY_INLINE __m256 widen(__m128i bits, f16) { return _mm256_cvtph_ps(bits); }
 
@@ -22,8 +25,10 @@ INLAY_INLINE __m256i bf16_in_upper_half(__m256 v) {
   return _mm256_or_si256(rounded, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
 INLAY_INLINE __m128i narrow(__m256 v, bf16) {
-  const __m256i bits = _mm256_srli_epi32(bf16_in_upper_half(v), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  const __m256i upper_halves =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i quarters = _mm256_shuffle_epi8(bf16_in_upper_half(v), upper_halves);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(quarters, 0b1000));
 }
 INLAY_INLINE __m128i narrow(__m256 v, f16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 

@@ -32,6 +32,10 @@ void backward_rows(const BackwardParams& p, int64_t begin, int64_t end, Backward
     const RowReader<Vec, T> dresidual_out(p.dresidual_out, row);
     const RowReader<Vec, T> x(p.x, row);
     const RowReader<Vec, T> gate(p.gate, row);
+    const int64_t next = row + 1 < end ? row + 1 : row;
+    const RowReader<Vec, T> next_dy(p.dy, next);
+    const RowReader<Vec, T> next_x(p.x, next);
+    const RowReader<Vec, T> next_gate(p.gate, next);
     const RowWriter<Vec, T> dx(p.dx, row, width, stream);
     const RowWriter<Vec, T> dresidual(p.dresidual, row, width, stream);
     const RowWriter<Vec, T> dgate(p.dgate, row, width, stream);
@@ -41,7 +45,8 @@ void backward_rows(const BackwardParams& p, int64_t begin, int64_t end, Backward
 
     Accumulator<Vec> dot;    // of g and n
     Accumulator<Vec> total;  // of g
-    sweep_in_parts<Vec>(width, [&](int64_t i, auto lanes, int part) {
+    const auto take_sums = [&](int64_t i, auto lanes, int part) {
+      if constexpr (form == Form::add) dresidual_out.prefetch(i);
       const Vec weight = Vec::load(scratch.weight + i, lanes);
       Vec upstream = dy.load(i, lanes);
       Vec v = x.load(i, lanes);
@@ -63,11 +68,15 @@ void backward_rows(const BackwardParams& p, int64_t begin, int64_t end, Backward
       const Vec g = upstream * weight;
       dot.add_product(g, n, part);
       total.add(g, part);
-    });
+    };
+    sweep_sums<Vec>(width, take_sums, dot, total);
 
     const Vec minus_mean_dot = Vec::set(-(dot.total() * share));
     const Vec mean_g = Vec::set(p.kind == Kind::layer ? total.total() * share : Scalar(0));
     sweep<Vec>(width, [&](int64_t i, auto lanes) {
+      next_dy.prefetch(i);
+      next_x.prefetch(i);
+      if constexpr (gated) next_gate.prefetch(i);
       Vec upstream = dy.load(i, lanes);
       const Vec source = x.load(i, lanes);
       Vec v = source;

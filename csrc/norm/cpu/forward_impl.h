@@ -32,6 +32,10 @@ void forward_rows(const ForwardParams& p, int64_t begin, int64_t end, ForwardScr
     const RowReader<Vec, T> x(p.x, row);
     const RowReader<Vec, T> residual(p.residual, row);
     const RowReader<Vec, T> gate(p.gate, row);
+    const int64_t next = row + 1 < end ? row + 1 : row;
+    const RowReader<Vec, T> next_x(p.x, next);
+    const RowReader<Vec, T> next_residual(p.residual, next);
+    const RowReader<Vec, T> next_gate(p.gate, next);
     const RowWriter<Vec, T> residual_out(p.residual_out, row, width, stream);
     const RowWriter<Vec, T> y(p.y, row, width, stream);
 
@@ -64,18 +68,21 @@ void forward_rows(const ForwardParams& p, int64_t begin, int64_t end, ForwardScr
     Scalar mean = 0;
     if (is_layer) {
       Accumulator<Vec> values;
-      sweep_in_parts<Vec>(width, [&](int64_t i, auto lanes, int part) { values.add(make(i, lanes), part); });
+      sweep_sums<Vec>(width, [&](int64_t i, auto lanes, int part) { values.add(make(i, lanes), part); }, values);
       mean = values.total() / static_cast<Scalar>(width);
       const Vec centre = Vec::set(mean);
-      sweep_in_parts<Vec>(width, [&](int64_t i, auto lanes, int part) {
+      const auto add_square = [&](int64_t i, auto lanes, int part) {
         const Vec v = Vec::keep(reload(i, lanes) - centre, lanes);
         squares.add_product(v, v, part);
-      });
+      };
+      sweep_sums<Vec>(width, add_square, squares);
     } else {
-      sweep_in_parts<Vec>(width, [&](int64_t i, auto lanes, int part) {
+      const auto add_square = [&](int64_t i, auto lanes, int part) {
+        if constexpr (form == Form::gate_after) gate.prefetch(i);
         const Vec v = make(i, lanes);
         squares.add_product(v, v, part);
-      });
+      };
+      sweep_sums<Vec>(width, add_square, squares);
     }
     const Scalar rstd = 1 / square_root(squares.total() / count + static_cast<Scalar>(p.eps));
     if (p.mean) static_cast<Scalar*>(p.mean)[row] = mean;
@@ -84,6 +91,9 @@ void forward_rows(const ForwardParams& p, int64_t begin, int64_t end, ForwardScr
     const Vec centre = Vec::set(mean);
     const Vec factor = Vec::set(rstd);
     sweep<Vec>(width, [&](int64_t i, auto lanes) {
+      next_x.prefetch(i);
+      if constexpr (form == Form::add) next_residual.prefetch(i);
+      if constexpr (form == Form::gate_before) next_gate.prefetch(i);
       Vec v = (reload(i, lanes) - centre) * factor;
       if constexpr (stepwise) v = to_x(v);
       v = v * Vec::load(scratch.weight + i, lanes);
