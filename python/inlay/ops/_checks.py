@@ -86,6 +86,13 @@ def dense_gradient(gradient: Tensor) -> Tensor:
     return gradient.clone(memory_format=torch.contiguous_format)
 
 
+def same_device(x: Tensor, *others: Tensor | None) -> None:
+    """For fakes: torch calls them, not a kernel, as soon as one argument is on the meta device."""
+    for tensor in others:
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"every tensor must be on x's device {x.device}, got one on {tensor.device}")
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False

@@ -362,24 +362,28 @@ def _stats_like(x: Tensor, kind: int) -> Tensor:
 
 @torch.library.register_fake("inlay::norm")
 def _(x, weight, bias, gate, eps, weight_offset, kind, rounding, activation, gate_first):
+    checks.same_device(x, weight, bias, gate)
     dtype = x.dtype if gate is not None else _result_dtype(x.dtype, weight, bias, rounding)
     return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.register_fake("inlay::norm_fwd")
 def _(x, weight, bias, gate, eps, weight_offset, kind, rounding, activation, gate_first):
+    checks.same_device(x, weight, bias, gate)
     dtype = x.dtype if gate is not None else _result_dtype(x.dtype, weight, bias, rounding)
     return x.new_empty(x.shape, dtype=dtype), _stats_like(x, kind)
 
 
 @torch.library.register_fake("inlay::add_norm")
 def _(x, residual, weight, bias, eps, weight_offset, kind, rounding, residual_dtype):
+    checks.same_device(x, residual, weight, bias)
     y = x.new_empty(x.shape, dtype=_result_dtype(x.dtype, weight, bias, rounding))
     return y, x.new_empty(x.shape, dtype=residual_dtype)
 
 
 @torch.library.register_fake("inlay::add_norm_fwd")
 def _(x, residual, weight, bias, eps, weight_offset, kind, rounding, residual_dtype):
+    checks.same_device(x, residual, weight, bias)
     y = x.new_empty(x.shape, dtype=_result_dtype(x.dtype, weight, bias, rounding))
     return y, x.new_empty(x.shape, dtype=residual_dtype), _stats_like(x, kind)
 
@@ -389,6 +393,7 @@ def _(
     dy, dresidual_out, x, stats, weight, bias, gate, weight_offset, kind, activation, gate_first,
     x_dtype, residual_dtype, needs_dweight, needs_dbias,
 ):  # fmt: skip
+    checks.same_device(x, dy, dresidual_out, stats, weight, bias, gate)
     dx = x.new_empty(x.shape, dtype=x_dtype)
     dresidual = x.new_empty(x.shape if residual_dtype != x_dtype else (0,), dtype=residual_dtype)
     dgate = x.new_empty(x.shape if gate is not None else (0,), dtype=x_dtype)
