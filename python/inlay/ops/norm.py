@@ -172,6 +172,8 @@ def gated_rms_norm(
     Returns:
         [..., N], contiguous, in x's dtype. Differentiable in x, gate, weight and bias.
     """
+    if gate is None:  # the op takes that for a norm without a gate
+        raise TypeError("gated_rms_norm: gate must be a Tensor, got NoneType")
     try:
         return _normalise(
             x, weight, bias, gate, default_eps(x.dtype, eps), weight_offset, Kind.RMS, _ROUNDING[rounding],
