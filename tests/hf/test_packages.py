@@ -156,7 +156,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_fsdp2(checkpointing: bool, patch_first: bool) -> None:
-    """fully_shard swaps the layers' classes for derived ones, which transformers 5.23 checkpoints, not the originals."""
+    """fully_shard swaps the layers' classes for derived ones, and these are what transformers 5.23 checkpoints."""
     from torch.distributed.fsdp import fully_shard
 
     model = language_model("qwen3").train()
