@@ -43,7 +43,7 @@ TensorInfo::TensorInfo(const char* op, const char* name, const Tensor& tensor)
   strides = writable_strides;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &scalar_type));
   dtype = dtype_from(op, name, tensor.scalar_type());
-  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, op, ": ", name, " must have 1 to ", kMaxDim, " dimensions, got ", dim);
+  INLAY_CHECK(dim >= 1 && dim <= kMaxDim, op, ": ", name, " must have 1 to ", kMaxDim, " dimensions, got ", dim);
 }
 
 int64_t TensorInfo::rows() const {
@@ -58,8 +58,8 @@ DType dtype_from(const char* op, const char* name, ScalarType scalar_type) {
   for (const DTypeRow& row : kDTypes) {
     if (row.scalar_type == scalar_type) return row.dtype;
   }
-  STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, got scalar type ",
-                  static_cast<int>(scalar_type));
+  fail(op, ": ", name, " must be float32, bfloat16, float16 or float64, got scalar type ",
+       static_cast<int>(scalar_type));
 }
 
 ScalarType scalar_type_of(DType dtype) { return kDTypes[static_cast<int>(dtype)].scalar_type; }
@@ -70,20 +70,20 @@ DType promote(DType a, DType b) {
 }
 
 void check_dense_rows(const TensorInfo& tensor) {
-  STD_TORCH_CHECK(tensor.width() <= 1 || tensor.strides[tensor.dim - 1] == 1 || tensor.rows() == 0, tensor.op, ": ",
-                  tensor.name, " must have stride 1 in its last dimension, got strides ", list(tensor.strides, tensor.dim));
+  INLAY_CHECK(tensor.width() <= 1 || tensor.strides[tensor.dim - 1] == 1 || tensor.rows() == 0, tensor.op, ": ",
+              tensor.name, " must have stride 1 in its last dimension, got strides ", list(tensor.strides, tensor.dim));
 }
 
 void check_same_shape(const TensorInfo& tensor, const TensorInfo& reference) {
   bool same = tensor.dim == reference.dim;
   for (int64_t i = 0; same && i < tensor.dim; ++i) same = tensor.sizes[i] == reference.sizes[i];
-  STD_TORCH_CHECK(same, tensor.op, ": ", tensor.name, " must have ", reference.name, "'s shape ", reference.shape(),
-                  ", got ", tensor.shape());
+  INLAY_CHECK(same, tensor.op, ": ", tensor.name, " must have ", reference.name, "'s shape ", reference.shape(),
+              ", got ", tensor.shape());
 }
 
 void check_same_device(const TensorInfo& tensor, const TensorInfo& reference) {
-  STD_TORCH_CHECK(tensor.device_type == reference.device_type && tensor.device_index == reference.device_index,
-                  tensor.op, ": ", tensor.name, " must be on ", reference.name, "'s device");
+  INLAY_CHECK(tensor.device_type == reference.device_type && tensor.device_index == reference.device_index, tensor.op,
+              ": ", tensor.name, " must be on ", reference.name, "'s device");
 }
 
 RowTensor row_tensor(const TensorInfo& tensor) {
@@ -102,9 +102,9 @@ RowTensor row_tensor(const TensorInfo& tensor) {
       ++levels;
     }
   }
-  STD_TORCH_CHECK(levels <= 3 || tensor.rows() == 0, tensor.op, ": ", tensor.name,
-                  " must have leading dimensions that merge into at most three, got shape ", tensor.shape(),
-                  " with strides ", list(tensor.strides, tensor.dim), "; call .contiguous() first");
+  INLAY_CHECK(levels <= 3 || tensor.rows() == 0, tensor.op, ": ", tensor.name,
+              " must have leading dimensions that merge into at most three, got shape ", tensor.shape(),
+              " with strides ", list(tensor.strides, tensor.dim), "; call .contiguous() first");
   RowTensor rows;
   rows.dtype = tensor.dtype;
   TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor.handle, &rows.data));
@@ -126,13 +126,13 @@ RowTensor row_tensor(const TensorInfo& tensor) {
 }
 
 VectorTensor vector_tensor(const TensorInfo& tensor, const TensorInfo& reference) {
-  STD_TORCH_CHECK(tensor.dim == 1 && tensor.sizes[0] == reference.width(), tensor.op, ": ", tensor.name,
-                  " must have shape [", reference.width(), "] (", reference.name, "'s width), got ", tensor.shape());
+  INLAY_CHECK(tensor.dim == 1 && tensor.sizes[0] == reference.width(), tensor.op, ": ", tensor.name,
+              " must have shape [", reference.width(), "] (", reference.name, "'s width), got ", tensor.shape());
   check_dense_rows(tensor);
   check_same_device(tensor, reference);
-  STD_TORCH_CHECK((tensor.dtype == DType::f64) == (reference.dtype == DType::f64), tensor.op, ": ", tensor.name,
-                  " must be float64 exactly when ", reference.name, " is, got ", name_of(tensor.dtype), " with ",
-                  name_of(reference.dtype));
+  INLAY_CHECK((tensor.dtype == DType::f64) == (reference.dtype == DType::f64), tensor.op, ": ", tensor.name,
+              " must be float64 exactly when ", reference.name, " is, got ", name_of(tensor.dtype), " with ",
+              name_of(reference.dtype));
   VectorTensor vector;
   vector.dtype = tensor.dtype;
   TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor.handle, &vector.data));

@@ -10,8 +10,8 @@ namespace {
 
 template <class Enum>
 Enum enum_from(const char* op, const char* argument, int64_t value, Enum last) {
-  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(last), op, ": ", argument, " must be 0 to ",
-                  static_cast<int64_t>(last), ", got ", value);
+  INLAY_CHECK(value >= 0 && value <= static_cast<int64_t>(last), op, ": ", argument, " must be 0 to ",
+              static_cast<int64_t>(last), ", got ", value);
   return static_cast<Enum>(value);
 }
 
@@ -19,8 +19,8 @@ Enum enum_from(const char* op, const char* argument, int64_t value, Enum last) {
 RowTensor rows_like(const TensorInfo& tensor, const TensorInfo& x, DType dtype, bool wide) {
   check_same_shape(tensor, x);
   check_same_device(tensor, x);
-  STD_TORCH_CHECK(tensor.dtype == dtype || (wide && tensor.dtype == DType::f32 && dtype != DType::f64), tensor.op, ": ",
-                  tensor.name, " must be ", name_of(dtype), wide ? " or float32" : "", ", got ", name_of(tensor.dtype));
+  INLAY_CHECK(tensor.dtype == dtype || (wide && tensor.dtype == DType::f32 && dtype != DType::f64), tensor.op, ": ",
+              tensor.name, " must be ", name_of(dtype), wide ? " or float32" : "", ", got ", name_of(tensor.dtype));
   return row_tensor(tensor);
 }
 
@@ -104,8 +104,8 @@ ForwardResults run_forward(const ForwardArguments& arguments) {
   if (arguments.residual) {
     params.residual = rows_like(TensorInfo(op, "residual", *arguments.residual), x, x.dtype, true);
     const DType dtype = dtype_from(op, "residual_dtype", *arguments.residual_dtype);
-    STD_TORCH_CHECK(dtype == x.dtype || dtype == wide_dtype(x.dtype), op, ": residual_dtype must be ", name_of(x.dtype),
-                    " or float32, got ", name_of(dtype));
+    INLAY_CHECK(dtype == x.dtype || dtype == wide_dtype(x.dtype), op, ": residual_dtype must be ", name_of(x.dtype),
+                " or float32, got ", name_of(dtype));
     results.residual_out = empty_like(x, dtype);
     params.residual_out = output_tensor(*results.residual_out, dtype);
   }
@@ -176,10 +176,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_bwd(
   const DType dx_dtype = dtype_from(op, "x_dtype", x_dtype);
   const DType dresidual_dtype = dtype_from(op, "residual_dtype", residual_dtype);
   const DType accumulator = wide_dtype(x.dtype);
-  STD_TORCH_CHECK(x.dtype == dx_dtype || (x.dtype == DType::f32 && dx_dtype != DType::f64), op, ": x must be ",
-                  name_of(dx_dtype), " or float32, got ", name_of(x.dtype));
-  STD_TORCH_CHECK(dresidual_dtype == dx_dtype || dresidual_dtype == accumulator, op, ": residual_dtype must be ",
-                  name_of(dx_dtype), " or float32, got ", name_of(dresidual_dtype));
+  INLAY_CHECK(x.dtype == dx_dtype || (x.dtype == DType::f32 && dx_dtype != DType::f64), op, ": x must be ",
+              name_of(dx_dtype), " or float32, got ", name_of(x.dtype));
+  INLAY_CHECK(dresidual_dtype == dx_dtype || dresidual_dtype == accumulator, op, ": residual_dtype must be ",
+              name_of(dx_dtype), " or float32, got ", name_of(dresidual_dtype));
 
   BackwardParams params;
   params.rows = x.rows();
@@ -196,18 +196,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_bwd(
   if (weight) params.weight = vector_tensor(TensorInfo(op, "weight", *weight), x);
   if (bias) params.bias = vector_tensor(TensorInfo(op, "bias", *bias), x);
   if (gate) params.gate = rows_like(TensorInfo(op, "gate", *gate), x, dx_dtype, false);
-  STD_TORCH_CHECK(!gate || (!dresidual_out && dresidual_dtype == dx_dtype), op,
-                  ": gate must be None when there is a residual, got both");
-  STD_TORCH_CHECK(!needs_dweight || weight, op, ": weight must be given when its gradient is wanted, got None");
-  STD_TORCH_CHECK(!needs_dbias || bias, op, ": bias must be given when its gradient is wanted, got None");
+  INLAY_CHECK(!gate || (!dresidual_out && dresidual_dtype == dx_dtype), op,
+              ": gate must be None when there is a residual, got both");
+  INLAY_CHECK(!needs_dweight || weight, op, ": weight must be given when its gradient is wanted, got None");
+  INLAY_CHECK(!needs_dbias || bias, op, ": bias must be given when its gradient is wanted, got None");
 
   const TensorInfo stats(op, "stats", statistics);
   const int64_t stats_rows = statistics_rows(params.kind);
-  STD_TORCH_CHECK(stats.dim == 2 && stats.sizes[0] == stats_rows && stats.sizes[1] == params.rows, op,
-                  ": stats must have shape [", stats_rows, ", ", params.rows, "], got ", stats.shape());
-  STD_TORCH_CHECK(stats.dtype == accumulator, op, ": stats must be ", name_of(accumulator), ", got ",
-                  name_of(stats.dtype));
-  STD_TORCH_CHECK(statistics.is_contiguous(), op, ": stats must be contiguous");
+  INLAY_CHECK(stats.dim == 2 && stats.sizes[0] == stats_rows && stats.sizes[1] == params.rows, op,
+              ": stats must have shape [", stats_rows, ", ", params.rows, "], got ", stats.shape());
+  INLAY_CHECK(stats.dtype == accumulator, op, ": stats must be ", name_of(accumulator), ", got ", name_of(stats.dtype));
+  INLAY_CHECK(statistics.is_contiguous(), op, ": stats must be contiguous");
   check_same_device(stats, x);
   const char* stats_data = static_cast<const char*>(statistics.const_data_ptr());
   if (params.kind == Kind::layer) {

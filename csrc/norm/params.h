@@ -38,7 +38,7 @@ struct BackwardParams {
   RowTensor x;              // what was normalised: the forward's x, or its residual_out; dx's dtype or f32
   RowTensor gate;           // [rows, width] or absent; dx's dtype
   VectorTensor weight;
-  VectorTensor bias;  // only the gradient of a gate after the norm depends on it
+  VectorTensor bias;           // only the gradient of a gate after the norm depends on it
   const void* mean = nullptr;  // [rows], layer only
   const void* rstd = nullptr;  // [rows]
   OutputTensor dx;             // [rows, width]

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import inlay
 import pytest
 import torch
-from inlay import _info, _load, cli
 from transformers import Qwen3Config
+
+import inlay
+from inlay import _info, _load, cli
 
 
 def run_with_mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

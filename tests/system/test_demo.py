@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import inlay
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import inlay
 from inlay import cli
 from inlay._console import Progress, spread
 from inlay.demo import data
@@ -19,8 +22,6 @@ from inlay.demo.measure import peak_growth
 from inlay.demo.model import nudged
 from inlay.demo.verdict import FACTOR, Check, worst
 from inlay.hf.report import Report
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

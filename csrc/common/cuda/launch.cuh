@@ -57,8 +57,7 @@ const KernelTraits& kernel_traits(int threads, int shared_bytes) {
       check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
             "raising a kernel's shared memory limit");
     }
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found.resident_blocks, Kernel, threads,
-                                                        shared_bytes),
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found.resident_blocks, Kernel, threads, shared_bytes),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     traits[device] = found;  // racing threads write the same values
     known[device].store(true, std::memory_order_release);
@@ -100,7 +99,8 @@ Launch<Params> block_per_piece_launch(int64_t work) {
 // A kernel whose blocks walk over `work` pieces: as many blocks as run at once, but none without work.
 template <auto Kernel, int kThreads, int kSharedBytes, typename Params>
 Launch<Params> resident_launch(int64_t work) {
-  const int64_t resident = static_cast<int64_t>(multiprocessor_count()) * kernel_traits<Kernel>(kThreads, kSharedBytes).resident_blocks;
+  const int64_t resident =
+      static_cast<int64_t>(multiprocessor_count()) * kernel_traits<Kernel>(kThreads, kSharedBytes).resident_blocks;
   const int64_t blocks = work < resident ? (work > 0 ? work : 1) : resident;
   return {blocks, [](const Params& params, int64_t blocks, void* stream) {
             start<Kernel, kThreads, kSharedBytes>(params, dim3(static_cast<unsigned>(blocks)), stream);

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -97,6 +98,20 @@ __device__ inline Packed<T, N> pack(const float (&values)[N]) {
     for (int i = 0; i < N; ++i) packed.values[i] = from_float<T>(values[i]);
   }
   return packed;
+}
+
+// The products of 16-bit values, rounded once: the same bits as a float32 product that is then rounded.
+template <typename T, int N>
+__device__ inline Packed<T, N> multiply(const Packed<T, N>& a, const Packed<T, N>& b) {
+  static_assert(sizeof(T) == 2 && N % 2 == 0);
+  using Pair = std::conditional_t<kDType<T> == DType::bf16, __nv_bfloat162, __half2>;
+  Packed<T, N> product;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    reinterpret_cast<Pair*>(&product)[i] =
+        __hmul2_rn(reinterpret_cast<const Pair*>(&a)[i], reinterpret_cast<const Pair*>(&b)[i]);
+  }
+  return product;
 }
 
 // Makes the compiler convert `packed` anew for its next use, instead of keeping the wider floats in registers.

@@ -1,4 +1,5 @@
-// Backward over rows that fit in registers: dx (plus the residual's gradient), dgate, and partial sums of dweight, dbias.
+// Backward over rows that fit in registers: dx (plus the residual's gradient), dgate, and partial sums of dweight,
+// dbias.
 //
 // With n = (u - mean) * rstd, g = dn * (weight + offset), <.> the mean over a row (the sum for l2), dn the gradient of
 // n * weight + bias:
@@ -141,8 +142,7 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
           for (int i = 0; i < kLanes; ++i) n[j][i] *= activate<T>(p.activation, z[i]);
         }
       }
-#pragma unroll
-      for (int i = 0; i < kLanes; ++i) n[j][i] = (n[j][i] - mean) * rstd;
+      normalise<T>(mean, rstd, n[j]);
       if constexpr (kRole == Role::gated) {
         if (!gate_first) {
           float dz[kLanes];
@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
       sums[0] = dot_alone[0];
     }
     if (!valid) continue;
-    const float dot = sums[0] * scale;
+    const float scaled_dot = -sums[0] * scale * rstd;
+    const float scaled_mean = -mean_g * rstd;
 
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
       const int64_t position = row * p.width + vector * kLanes;
       float dx[kLanes];
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) dx[i] = rstd * (g[j][i] - n[j][i] * dot - mean_g);
+      for (int i = 0; i < kLanes; ++i) dx[i] = g[j][i] * rstd + (n[j][i] * scaled_dot + scaled_mean);
       if constexpr (kRole == Role::residual) {
         float h[kLanes];
         buffer.rows.template read<T>(stage, 2, j, h);
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
   }
 
   // One row of `partials` a block.
-  const auto write_sums = [&](const float(&sums)[kVectors][kLanes], float* target) {
+  const auto write_sums = [&](const float (&sums)[kVectors][kLanes], float* target) {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const int vector = lane + j * kGroup;

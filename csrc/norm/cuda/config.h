@@ -32,14 +32,14 @@ constexpr bool is_valid(const Shape (&shapes)[Count]) {
 // `blocks` is for norms that read x alone; those that also read a residual or a gate need more registers and are
 // faster without a cap.
 inline constexpr Shape kForwardShapes[] = {
-    {8, 4, 2, 128, 8},    {16, 8, 2, 128, 8},     {32, 16, 2, 128, 8},   {64, 32, 2, 128, 8},
-    {128, 32, 4, 128, 8}, {256, 64, 4, 64, 16},   {512, 128, 4, 128, 8}, {640, 160, 4, 160, 6},
+    {8, 4, 2, 128, 8},      {16, 8, 2, 128, 8},     {32, 16, 2, 128, 8},      {64, 32, 2, 128, 8},
+    {128, 32, 4, 128, 8},   {256, 64, 4, 64, 16},   {512, 128, 4, 128, 8},    {640, 160, 4, 160, 6},
     {1024, 256, 4, 256, 4}, {2048, 512, 4, 512, 2}, {4096, 1024, 4, 1024, 1},
 };
 static_assert(is_valid(kForwardShapes));
 
 inline constexpr Shape kBackwardShapes[] = {
-    {8, 4, 2, 128, 3},    {16, 8, 2, 128, 3},    {32, 16, 2, 128, 4},  {64, 32, 2, 128, 4},   {128, 32, 4, 128, 3},
+    {8, 4, 2, 128, 3},    {16, 8, 2, 128, 3},    {32, 16, 2, 128, 4},   {64, 32, 2, 128, 4},    {128, 32, 4, 128, 3},
     {256, 64, 4, 128, 3}, {512, 128, 4, 128, 3}, {640, 128, 5, 256, 1}, {1024, 256, 4, 256, 1}, {2048, 512, 4, 512, 1},
 };
 static_assert(is_valid(kBackwardShapes));
@@ -53,6 +53,12 @@ constexpr int shape_index(const Shape (&shapes)[Count], int64_t vectors) {
     if (vectors <= shapes[i].max_vectors) return i;
   }
   return -1;  // wider than any: the general kernel reads such rows more than once
+}
+
+// Rows too few to fill the chip are spread over four times the threads: then latency counts, not occupancy.
+constexpr int forward_shape(int64_t vectors, int64_t rows, int multiprocessors) {
+  const int spread = rows <= multiprocessors ? shape_index(kForwardShapes, vectors * 4) : -1;
+  return spread >= 0 ? spread : shape_index(kForwardShapes, vectors);
 }
 
 }  // namespace inlay::norm::cuda

@@ -1,10 +1,10 @@
 // Forward over rows that fit in registers: y = norm(x), norm(x + residual), or norm(x) gated.
 //
 // Maths: python/inlay/ops/norm.py. A group of threads holds one row; each thread holds `vectors` 16-byte vectors of it,
-// `group` vectors apart so that neighbouring threads read neighbouring bytes. One row a group and many small blocks: the
-// scheduler then keeps reads and writes moving through memory in order, which a resident grid that walks the rows with a
-// pipeline of its own does not (measured: 3 to 6 % slower on an H200 at every width).
-// Everything is in T except the weight and bias, which are in W (T or float), and y, which type promotion may widen.
+// `group` vectors apart so that neighbouring threads read neighbouring bytes. One row a group and many small blocks:
+// the scheduler then keeps reads and writes moving through memory in order, which a resident grid that walks the rows
+// with a pipeline of its own does not (measured: 3 to 6 % slower on an H200 at every width). Everything is in T except
+// the weight and bias, which are in W (T or float), and y, which type promotion may widen.
 #pragma once
 
 #include <type_traits>
@@ -75,7 +75,7 @@ __device__ inline void forward_row(const ForwardParams& p) {
     }
   }
   // What is normalised, of vector j. Converted again for each use: conversions are cheap, registers are not.
-  const auto input = [&](int j, float(&u)[kLanes]) {
+  const auto input = [&](int j, float (&u)[kLanes]) {
     keep_packed(x[j]);
     unpack(x[j], u);
     if constexpr (kRole == Role::gated) {
@@ -89,6 +89,7 @@ __device__ inline void forward_row(const ForwardParams& p) {
   };
 
   float mean = 0.0f;
+  float square_sum[1] = {0.0f};
   if (p.kind == Kind::layer) {
     float sum[1] = {0.0f};
 #pragma unroll
@@ -102,17 +103,21 @@ __device__ inline void forward_row(const ForwardParams& p) {
     group_sum(sum);
     mean = sum[0] * scale;
   }
-  float square_sum[1] = {0.0f};  // of centred values: E[x^2] - E[x]^2 would cancel
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (!owns(j)) continue;
     float u[kLanes];
     input(j, u);
+    if (p.kind == Kind::layer) {  // the variance from centred values: E[x^2] - E[x]^2 would cancel
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) square_sum[0] += (u[i] - mean) * (u[i] - mean);
+      for (int i = 0; i < kLanes; ++i) u[i] -= mean;
+    }
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) square_sum[0] += u[i] * u[i];
   }
   group_sum(square_sum);
   const float rstd = rsqrtf(square_sum[0] * scale + static_cast<float>(p.eps));
+  const bool plain_weight = p.weight.data && p.weight_offset == 0.0 && !p.bias.data;
   if (lane == 0 && row < p.rows) {
     if (p.mean) static_cast<float*>(p.mean)[row] = mean;
     if (p.rstd) static_cast<float*>(p.rstd)[row] = rstd;
@@ -124,9 +129,16 @@ __device__ inline void forward_row(const ForwardParams& p) {
     const int column = (lane + j * kGroup) * kLanes;
     float v[kLanes];
     input(j, v);
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) v[i] = (v[i] - mean) * rstd;
-    if constexpr (kStepwise) round_all<T>(v);
+    normalise<T>(mean, rstd, v);
+    if constexpr (kStepwise) {
+      if constexpr (kRole != Role::gated && sizeof(W) == 2) {
+        if (plain_weight) {  // one instruction multiplies and rounds two elements
+          store(static_cast<Y*>(p.y.data) + row * p.width + column, multiply(pack<T>(v), weight[j]));
+          continue;
+        }
+      }
+      round_all<T>(v);
+    }
     if (p.weight.data) {
       float w[kLanes];
       unpack(weight[j], w);
@@ -154,7 +166,8 @@ __device__ inline void forward_row(const ForwardParams& p) {
 }
 
 template <typename T, Role kRole, int kIndex>
-__global__ void __launch_bounds__(kForwardShapes[kIndex].threads, kRole == Role::plain ? kForwardShapes[kIndex].blocks : 1)
+__global__ void __launch_bounds__(kForwardShapes[kIndex].threads,
+                                  kRole == Role::plain ? kForwardShapes[kIndex].blocks : 1)
     forward_kernel(const __grid_constant__ ForwardParams p) {
   wait_for_predecessor();
   release_successor();

@@ -1,9 +1,9 @@
 // Forward and backward for what the register kernels leave: rows of any width, alignment and mixture of dtypes.
 //
 // Same maths. A row is read once for each pass over it (from L1 or L2 after the first); every tensor carries its own
-// dtype; kLanes is 1 for odd widths and unaligned rows, else a 16-byte access of the narrowest dtype. The sums over rows
-// are kept in the block's row of `partials` itself: each column belongs to one thread of each group, and where a block
-// has several groups, each adds to it in turn.
+// dtype; kLanes is 1 for odd widths and unaligned rows, else a 16-byte access of the narrowest dtype. The sums over
+// rows are kept in the block's row of `partials` itself: each column belongs to one thread of each group, and where a
+// block has several groups, each adds to it in turn.
 #pragma once
 
 #include "common/cuda/launch.cuh"
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kGeneralThreads) forward_general_kernel(const 
   const DType after_bias = p.bias.data && p.bias.dtype != after_weight ? DType::f32 : after_weight;
 
   // What is normalised. The first pass also writes the new residual.
-  const auto load_input = [&](int64_t row, int64_t column, float(&u)[kLanes], bool first_pass) {
+  const auto load_input = [&](int64_t row, int64_t column, float (&u)[kLanes], bool first_pass) {
     load_row_values(p.x, row, column, u);
     float other[kLanes];
     if (p.residual.data) {

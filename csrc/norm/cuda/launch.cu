@@ -45,7 +45,8 @@ Role role_of(const void* residual, const void* gate) {
 }
 
 void require_supported(DType dtype) {
-  if (dtype == DType::f64) throw std::runtime_error("inlay: x must be float32, bfloat16 or float16 on CUDA, got float64");
+  if (dtype == DType::f64)
+    throw std::runtime_error("inlay: x must be float32, bfloat16 or float16 on CUDA, got float64");
 }
 
 Launch<ForwardParams> find_forward(const ForwardParams& p) {
@@ -61,7 +62,7 @@ Launch<ForwardParams> find_forward(const ForwardParams& p) {
   const bool vectors_fit = narrow_or_f32(p.weight) && narrow_or_f32(p.bias) &&
                            (!p.weight.data || !p.bias.data || p.weight.dtype == p.bias.dtype);
   if (one_dtype && vectors_fit && wide(elements)) {
-    const int shape = shape_index(kForwardShapes, p.width / elements);
+    const int shape = forward_shape(p.width / elements, p.rows, inlay::cuda::multiprocessor_count());
     const Role role = role_of(p.residual.data, p.gate.data);
     if (shape >= 0) {
       return p.x.dtype == DType::f32    ? register_forward<float>(p, role, shape)

@@ -14,7 +14,8 @@ struct Gate {
 };
 
 // 1 / (1 + exp(-z)), right for infinite z. For float32 within 2 ulp; for a 16-bit T two instructions of the special
-// function unit do, whose error (2^-20 where z matters) vanishes in T's rounding: gated norms are short of instructions.
+// function unit do, whose error (2^-20 where z matters) vanishes in T's rounding: gated norms are short of
+// instructions.
 template <typename T>
 __device__ inline float sigmoid(float z) {
   if constexpr (sizeof(T) == sizeof(float)) return __fdividef(1.0f, 1.0f + expf(-z));
@@ -36,6 +37,19 @@ __device__ inline Gate activate_with_derivative(Activation activation, float z) 
   const float s = sigmoid<T>(z);
   if (activation == Activation::silu) return {z * s, s * (1.0f + z * (1.0f - s))};
   return {s, s * (1.0f - s)};
+}
+
+// (u - mean) * rstd. For a 16-bit T in one instruction, whose error for |mean| >> 1 / rstd vanishes in T's rounding.
+template <typename T, int N>
+__device__ inline void normalise(float mean, float rstd, float (&u)[N]) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = (u[i] - mean) * rstd;
+  } else {
+    const float shift = -mean * rstd;
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = __fmaf_rn(u[i], rstd, shift);
+  }
 }
 
 // 1/N for a mean, 1 for the sum that l2 takes.

@@ -13,7 +13,8 @@ inline constexpr int kSumColumns = 32;  // of a block: one for each lane
 inline constexpr int kSumWarps = 16;    // each adds every 16th row, then their sums are added in order
 
 // Grid: (columns / 32, wanted vectors).
-__global__ void __launch_bounds__(kSumColumns* kSumWarps) sum_partials_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(kSumColumns* kSumWarps)
+    sum_partials_kernel(const __grid_constant__ BackwardParams p) {
   __shared__ float sums[kSumWarps][kSumColumns];
   const int lane = threadIdx.x % kSumColumns;
   const int warp = threadIdx.x / kSumColumns;
