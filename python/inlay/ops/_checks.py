@@ -29,7 +29,7 @@ def activations(op: str, argument: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {argument} must be a Tensor, got {type(x).__name__}")
     dtypes = _DTYPES.get(x.device.type)
     if dtypes is None:
-        raise ValueError(f"{op}: {argument} must be on cpu or cuda, got {x.device}")
+        raise ValueError(f"{op}: {argument} must be on cpu, cuda or meta, got {x.device}")
     if x.dtype not in dtypes:
         raise ValueError(f"{op}: {argument} must be {names(dtypes)} on {x.device.type}, got {x.dtype}")
     if x.dim() == 0:
