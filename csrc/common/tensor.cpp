@@ -41,8 +41,9 @@ TensorInfo::TensorInfo(const char* op, const char* name, const Tensor& tensor)
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &writable_strides));
   sizes = writable_sizes;
   strides = writable_strides;
+  int32_t scalar_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &scalar_type));
-  dtype = dtype_from(op, name, tensor.scalar_type());
+  dtype = dtype_from(op, name, static_cast<ScalarType>(scalar_type));
   INLAY_CHECK(dim >= 1 && dim <= kMaxDim, op, ": ", name, " must have 1 to ", kMaxDim, " dimensions, got ", dim);
 }
 

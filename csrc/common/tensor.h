@@ -32,7 +32,6 @@ struct TensorInfo {
   AtenTensorHandle handle;
   int32_t device_type;
   int32_t device_index;
-  int32_t scalar_type;
   DType dtype;
   int64_t dim;
   const int64_t* sizes;

@@ -32,11 +32,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from inlay import _load
 from inlay.ops import _checks as checks
+from inlay.ops._autograd import Function
 from inlay.reference.norm import default_eps
 
 
