@@ -99,6 +99,12 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
 
   wait_for_predecessor();
   release_successor();
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kGroup;
+  // Shuffles need whole warps: the loop below ends when the warp's first row does.
+  const int64_t lag = kGroup < 32 ? (threadIdx.x % 32) / kGroup : 0;
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage, row + stage * row_step);
+
   float weight[kVectors][kLanes];  // with the offset
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
@@ -114,10 +120,6 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
   float dweight[kVectors][kLanes] = {};
   float dbias[kBias ? kVectors : 1][kLanes] = {};
 
-  int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kGroup;
-  const int64_t lag = kGroup < 32 ? (threadIdx.x % 32) / kGroup : 0;
-#pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage, row + stage * row_step);
   for (int stage = 0; row - lag < p.rows; row += row_step, stage = stage + 1 == kStages ? 0 : stage + 1) {
     fetch(stage == 0 ? kStages - 1 : stage - 1, row + (kStages - 1) * row_step);
     wait_for_copies<kStages - 1>();

@@ -10,7 +10,7 @@ namespace inlay::norm::cuda {
 using namespace inlay::cuda;
 
 inline constexpr int kSumColumns = 32;  // of a block: one for each lane
-inline constexpr int kSumWarps = 16;    // each adds every 16th row, then their sums are added in order
+inline constexpr int kSumWarps = 32;    // each adds every 32nd row, then their sums are added in order
 
 // Grid: (columns / 32, wanted vectors).
 __global__ void __launch_bounds__(kSumColumns* kSumWarps)
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumWarps)
   release_successor();
   float sum = 0.0f;
   if (column < p.width) {
-#pragma unroll 8
+#pragma unroll 16
     for (int64_t row = warp; row < p.partial_rows; row += kSumWarps) sum += partials[row * row_size];
   }
   sums[warp][lane] = sum;
