@@ -48,15 +48,17 @@ def main() -> int:
     )
     about = harness.environment(options.device, family.packages, options.copy, arguments.commit)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
-    rows = []
+    complete = not (arguments.quick or arguments.ours_only or arguments.rivals or arguments.filter)
+    keep = complete or arguments.output != parser.get_default("output")
+    path = arguments.output / f"{arguments.family}-{options.device}.csv"
+    rows: list[harness.Row] = []
     with harness.side_stream(options.device):
         for row in family.run(options):
             print(harness.line(row), flush=True)
             rows.append(row)
-    complete = not (arguments.quick or arguments.ours_only or arguments.rivals or arguments.filter)
-    if complete or arguments.output != parser.get_default("output"):
-        path = arguments.output / f"{arguments.family}-{options.device}.csv"
-        harness.write_results(path, about, rows)
+            if keep:  # after every row: a run that is cut short leaves what it measured
+                harness.write_results(path, about, rows)
+    if keep:
         print(f"wrote {path}")
     missed = [row for row in rows if row.met == "no"]
     print(f"{sum(row.met == 'yes' for row in rows)} bars met, {len(missed)} missed")

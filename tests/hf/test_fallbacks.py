@@ -190,7 +190,7 @@ def test_no_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
     from inlay.hf import norms
 
     missing = _load.Library("libinlay_cuda.so", False, "not built")
-    monkeypatch.setattr(_load, "cuda_library", lambda: missing)
+    monkeypatch.setattr(norms, "_CUDA_LIBRARY", missing)
 
     class OnCuda:
         is_cpu, is_cuda = False, True

@@ -16,6 +16,7 @@ from inlay.ops import norm as ops
 
 OPS = ("rms_norm", "gated_rms_norm", "layer_norm")
 
+_CUDA_LIBRARY = _load.cuda_library()  # looked up here: torch.compile cannot trace into it
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _FUNCTIONS = {op: getattr(ops, op) for op in OPS}
 
@@ -121,8 +122,8 @@ def device_reason(x: Tensor) -> str | None:
         return None
     if not x.is_cuda:
         return f"no kernels for device {x.device.type}"
-    if not _load.cuda_library().loaded:
-        return f"no CUDA kernels: {_load.cuda_library().reason}"
+    if not _CUDA_LIBRARY.loaded:
+        return f"no CUDA kernels: {_CUDA_LIBRARY.reason}"
     return "no CUDA kernels for float64" if x.dtype == torch.float64 else None
 
 
