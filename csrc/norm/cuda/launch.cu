@@ -1,5 +1,6 @@
 // The CUDA side of norm/params.h: chooses a kernel and starts it.
 #include <initializer_list>
+#include <type_traits>
 
 #include "norm/cuda/config.h"
 #include "norm/cuda/launch.h"
@@ -44,6 +45,29 @@ Role role_of(const void* residual, const void* gate) {
   return residual ? Role::residual : gate ? Role::gated : Role::plain;
 }
 
+// Calls `use` with a value of the dtype's element type, and the role as a type.
+template <class Use>
+auto with_type_and_role(DType dtype, Role role, Use use) {
+  const auto with_role = [&](auto zero) {
+    switch (role) {
+      case Role::residual:
+        return use(zero, std::integral_constant<Role, Role::residual>{});
+      case Role::gated:
+        return use(zero, std::integral_constant<Role, Role::gated>{});
+      default:
+        return use(zero, std::integral_constant<Role, Role::plain>{});
+    }
+  };
+  switch (dtype) {
+    case DType::bf16:
+      return with_role(__nv_bfloat16{});
+    case DType::f16:
+      return with_role(__half{});
+    default:
+      return with_role(float{});
+  }
+}
+
 void require_supported(DType dtype) {
   if (dtype == DType::f64)
     throw std::runtime_error("inlay: x must be float32, bfloat16 or float16 on CUDA, got float64");
@@ -65,9 +89,9 @@ Launch<ForwardParams> find_forward(const ForwardParams& p) {
     const int shape = forward_shape(p.width / elements, p.rows, inlay::cuda::multiprocessor_count());
     const Role role = role_of(p.residual.data, p.gate.data);
     if (shape >= 0) {
-      return p.x.dtype == DType::f32    ? register_forward<float>(p, role, shape)
-             : p.x.dtype == DType::bf16 ? register_forward<__nv_bfloat16>(p, role, shape)
-                                        : register_forward<__half>(p, role, shape);
+      return with_type_and_role(p.x.dtype, role, [&](auto zero, auto constant) {
+        return register_forward<decltype(zero), decltype(constant)::value>(p, shape);
+      });
     }
   }
   return general_forward(p, wide(8));
@@ -85,9 +109,9 @@ Launch<BackwardParams> find_backward(const BackwardParams& p) {
   if (is(dtype, {p.x, p.dy, p.dresidual_out, p.gate}) && !p.dresidual.data && bias_in_place && wide(elements)) {
     const int shape = shape_index(kBackwardShapes, p.width / elements);
     if (shape >= 0) {
-      return dtype == DType::f32    ? register_backward<float>(p, role, shape)
-             : dtype == DType::bf16 ? register_backward<__nv_bfloat16>(p, role, shape)
-                                    : register_backward<__half>(p, role, shape);
+      return with_type_and_role(dtype, role, [&](auto zero, auto constant) {
+        return register_backward<decltype(zero), decltype(constant)::value>(p, shape);
+      });
     }
   }
   return general_backward(p, wide(8));

@@ -1,4 +1,4 @@
-// Which kernel serves which parameters. The instantiations live in the .cu files of this folder.
+// Which kernel serves which parameters. Instantiated in instantiations/ and general.cu.
 #pragma once
 
 #include "common/cuda/launch.cuh"
@@ -10,10 +10,10 @@ namespace inlay::norm::cuda {
 using inlay::cuda::Launch;
 
 // The register kernel for rows of kForwardShapes[shape] / kBackwardShapes[shape].
-template <typename T>
-Launch<ForwardParams> register_forward(const ForwardParams& params, Role role, int shape);
-template <typename T>
-Launch<BackwardParams> register_backward(const BackwardParams& params, Role role, int shape);
+template <typename T, Role kRole>
+Launch<ForwardParams> register_forward(const ForwardParams& params, int shape);
+template <typename T, Role kRole>
+Launch<BackwardParams> register_backward(const BackwardParams& params, int shape);
 
 // The kernel for everything else; `wide` when 16-byte accesses are possible.
 Launch<ForwardParams> general_forward(const ForwardParams& params, bool wide);

@@ -1,4 +1,4 @@
-// Picks the backward kernel of a role and a row of the shape table; instantiated per dtype in backward_<dtype>.cu.
+// Picks the backward kernel of a row of the shape table; instantiated per role and dtype in instantiations/.
 #pragma once
 
 #include <utility>
@@ -24,18 +24,13 @@ Launch<BackwardParams> backward_launch(const BackwardParams& params, int shape,
   return kFind[shape](params);
 }
 
-template <typename T>
-Launch<BackwardParams> register_backward(const BackwardParams& params, Role role, int shape) {
+template <typename T, Role kRole>
+Launch<BackwardParams> register_backward(const BackwardParams& params, int shape) {
   constexpr auto kIndices = std::make_integer_sequence<int, std::size(kBackwardShapes)>{};
-  switch (role) {
-    case Role::residual:
-      return backward_launch<T, Role::residual, false>(params, shape, kIndices);
-    case Role::gated:
-      return backward_launch<T, Role::gated, false>(params, shape, kIndices);
-    default:
-      return params.dbias.data ? backward_launch<T, Role::plain, true>(params, shape, kIndices)
-                               : backward_launch<T, Role::plain, false>(params, shape, kIndices);
+  if constexpr (kRole == Role::plain) {  // the only role whose kernels sum a bias's gradient
+    if (params.dbias.data) return backward_launch<T, kRole, true>(params, shape, kIndices);
   }
+  return backward_launch<T, kRole, false>(params, shape, kIndices);
 }
 
 }  // namespace inlay::norm::cuda

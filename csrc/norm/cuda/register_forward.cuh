@@ -1,4 +1,4 @@
-// Picks the forward kernel of a role and a row of the shape table; instantiated per dtype in forward_<dtype>.cu.
+// Picks the forward kernel of a row of the shape table; instantiated per role and dtype in instantiations/.
 #pragma once
 
 #include <utility>
@@ -22,17 +22,9 @@ Launch<ForwardParams> forward_launch(const ForwardParams& params, int shape, std
   return kFind[shape](params);
 }
 
-template <typename T>
-Launch<ForwardParams> register_forward(const ForwardParams& params, Role role, int shape) {
-  constexpr auto kIndices = std::make_integer_sequence<int, std::size(kForwardShapes)>{};
-  switch (role) {
-    case Role::residual:
-      return forward_launch<T, Role::residual>(params, shape, kIndices);
-    case Role::gated:
-      return forward_launch<T, Role::gated>(params, shape, kIndices);
-    default:
-      return forward_launch<T, Role::plain>(params, shape, kIndices);
-  }
+template <typename T, Role kRole>
+Launch<ForwardParams> register_forward(const ForwardParams& params, int shape) {
+  return forward_launch<T, kRole>(params, shape, std::make_integer_sequence<int, std::size(kForwardShapes)>{});
 }
 
 }  // namespace inlay::norm::cuda

@@ -1,5 +1,0 @@
-#include "norm/cuda/register_backward.cuh"
-
-namespace inlay::norm::cuda {
-template Launch<BackwardParams> register_backward<__nv_bfloat16>(const BackwardParams&, Role, int);
-}

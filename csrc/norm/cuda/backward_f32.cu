@@ -1,5 +1,0 @@
-#include "norm/cuda/register_backward.cuh"
-
-namespace inlay::norm::cuda {
-template Launch<BackwardParams> register_backward<float>(const BackwardParams&, Role, int);
-}

@@ -1,5 +1,0 @@
-#include "norm/cuda/register_forward.cuh"
-
-namespace inlay::norm::cuda {
-template Launch<ForwardParams> register_forward<float>(const ForwardParams&, Role, int);
-}

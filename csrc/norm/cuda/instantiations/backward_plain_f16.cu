@@ -1,0 +1,5 @@
+#include "norm/cuda/register_backward.cuh"
+
+namespace inlay::norm::cuda {
+template Launch<BackwardParams> register_backward<__half, Role::plain>(const BackwardParams&, int);
+}
