@@ -94,9 +94,11 @@ def same_device(x: Tensor, *others: Tensor | None) -> None:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # not any(...): a generator costs more than the checks
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _dense_rows(op: str, argument: str, tensor: Tensor) -> None:
