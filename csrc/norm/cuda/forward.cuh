@@ -1,10 +1,10 @@
 // Forward over rows that fit in registers: y = norm(x), norm(x + residual), or norm(x) gated.
 //
 // Maths: python/inlay/ops/norm.py. A group of threads holds one row; each thread holds `vectors` 16-byte vectors of it,
-// `group` vectors apart so that neighbouring threads read neighbouring bytes. One row a group and many small blocks:
-// the scheduler then keeps reads and writes moving through memory in order, which a resident grid that walks the rows
-// with a pipeline of its own does not (measured: 3 to 6 % slower on an H200 at every width). Everything is in T except
-// the weight and bias, which are in W (T or float), and y, which type promotion may widen.
+// `group` vectors apart so that neighbouring threads read neighbouring bytes. One row a group and many small blocks: on
+// an H200 that beat a resident grid that walks the rows through a pipeline, for plain norms and with a residual. For
+// the gated norm the resident grid was the faster one when last compared; it deserves another try. Everything is in T
+// except the weight and bias, which are in W (T or float), and y, which type promotion may widen.
 #pragma once
 
 #include <type_traits>
