@@ -31,6 +31,7 @@ _L2_BYTES = 60 * 2**20
 _COLD_BYTES = 8 * _L2_BYTES
 _GRAPH_SECONDS = 1e-3  # a replay lasts at least about this long, so that events resolve it
 _MAX_LAUNCHES = 200
+_WARM_SECONDS = 0.03  # of work before anything is timed: clocks fall while the GPU waits for Python or a compiler
 
 
 @dataclass(frozen=True)
@@ -189,15 +190,15 @@ def time_graph(calls: Sequence[Call], replays: int = 15) -> Timing:
             results = [call() for call in calls]
             del results
     launches = rounds * len(calls)
+    _warm_up(graph.replay)
     samples = []
-    for index in range(replays + 3):
+    for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        if index >= 3:
-            samples.append(begin.elapsed_time(end) * 1e-3 / launches)
+        samples.append(begin.elapsed_time(end) * 1e-3 / launches)
     del graph
     return Timing.of(samples)
 
@@ -205,8 +206,9 @@ def time_graph(calls: Sequence[Call], replays: int = 15) -> Timing:
 def time_events(call: Call, repeats: int = 30) -> Timing:
     """One eager call at a time between events, L2 flushed before each."""
     flush = torch.empty(_COLD_BYTES // 4, dtype=torch.int32, device="cuda")
+    _warm_up(lambda: (flush.zero_(), call()))
     pairs = []
-    for _ in range(repeats + 5):
+    for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         begin.record()
@@ -214,7 +216,7 @@ def time_events(call: Call, repeats: int = 30) -> Timing:
         end.record()
         pairs.append((begin, end))
     torch.cuda.synchronize()
-    return Timing.of([begin.elapsed_time(end) * 1e-3 for begin, end in pairs[5:]])
+    return Timing.of([begin.elapsed_time(end) * 1e-3 for begin, end in pairs])
 
 
 def time_host(calls: dict[str, Call], per_block: int = 100, blocks: int = 20) -> dict[str, Timing]:
@@ -320,6 +322,13 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _warm_up(call: Call) -> None:
+    end = time.perf_counter() + _WARM_SECONDS
+    while time.perf_counter() < end:
+        call()
+        torch.cuda.synchronize()
 
 
 def _synchronise() -> None:

@@ -121,4 +121,14 @@ __device__ inline void release_successor() {
 #endif
 }
 
+// What may be done before wait_for_predecessor().
+__device__ inline void prefetch_to_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// At least as many blocks as run on the chip at once.
+__device__ inline unsigned resident_blocks_bound(int threads) {
+  unsigned multiprocessors;
+  asm("mov.u32 %0, %%nsmid;" : "=r"(multiprocessors));
+  return multiprocessors * (2048 / threads);
+}
+
 }  // namespace inlay::cuda

@@ -23,122 +23,107 @@ namespace inlay::norm::cuda {
 
 using namespace inlay::cuda;
 
-// A thread's part of the rows under way, [stage][tensor][vector], strided by the block so that banks do not conflict.
-// Nobody else reads it, so the pipeline needs no barrier.
-template <int kTensors, int kVectors, int kThreads, int kStages>
-struct RowBuffer {
-  uint4 parts[kStages][kTensors][kVectors][kThreads];
-
-  // Copies this thread's vectors of a row of `tensor` in the background.
-  template <typename T>
-  __device__ void fetch(int stage, int tensor, const T* row, int lane, int group, int vectors) {
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      const int vector = lane + j * group;
-      if (vector < vectors) {
-        copy_async<16>(&parts[stage][tensor][j][threadIdx.x], row + vector * kPerAccess<T>);
-      }
-    }
-  }
-
-  template <typename T>
-  __device__ void read(int stage, int tensor, int j, float (&values)[kPerAccess<T>]) const {
-    unpack(*reinterpret_cast<const Packed<T, kPerAccess<T>>*>(&parts[stage][tensor][j][threadIdx.x]), values);
-  }
-};
-
 template <Role kRole, int kIndex>
-struct BackwardBuffer {
-  static constexpr Shape kShape = kBackwardShapes[kIndex];
-  RowBuffer<kRole == Role::plain ? 2 : 3, kShape.vectors, kShape.threads, kBackwardStages> rows;  // x, dy, other
-  float rstd[kBackwardStages][kShape.threads];
-  float mean[kBackwardStages][kShape.threads];
-};
+using BackwardBuffer = RowBuffer<kRole == Role::plain ? 2 : 3, kBackwardShapes[kIndex].vectors,  // x, dy, other
+                                 kBackwardShapes[kIndex].threads, kStages>;
 
-template <typename T, Role kRole, bool kBias, int kIndex>
-__global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShapes[kIndex].blocks)
-    backward_kernel(const __grid_constant__ BackwardParams p) {
+template <typename T, Role kRole, typename W, bool kBias, int kIndex>
+__device__ inline void backward_rows(const BackwardParams& p) {
   constexpr Shape kShape = kBackwardShapes[kIndex];
   constexpr int kGroup = kShape.group;
   constexpr int kVectors = kShape.vectors;
-  constexpr int kStages = kBackwardStages;
   constexpr int kLanes = kPerAccess<T>;
-  constexpr int kRowsPerBlock = kShape.rows_per_block();
-  union alignas(16) Shared {
-    typename GroupSum<kGroup, kShape.threads, 2>::Scratch sums;
-    float columns[kRowsPerBlock > 1 ? kShape.threads : 1][kLanes];
-  };
-  __shared__ Shared shared;
+  using Sum = GroupSum<kGroup, kShape.threads, 2>;
+  __shared__ typename Sum::Scratch scratch;
   extern __shared__ uint4 dynamic_shared[];
   auto& buffer = *reinterpret_cast<BackwardBuffer<kRole, kIndex>*>(dynamic_shared);
-  GroupSum<kGroup, kShape.threads, 2> group_sum(shared.sums);
+  Sum group_sum(scratch);
 
   const int lane = threadIdx.x % kGroup;
   const int vectors = static_cast<int>(p.width) / kLanes;
-  const int64_t row_step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
+  const int64_t row_step = static_cast<int64_t>(gridDim.x) * kShape.groups();
   const float scale = sum_scale(p.kind, p.width);
+  const float weight_offset = static_cast<float>(p.weight_offset);
+  const float* const rstds = static_cast<const float*>(p.rstd);
+  const float* const means = static_cast<const float*>(p.mean);
   const RowTensor& other = kRole == Role::gated ? p.gate : p.dresidual_out;
+  const bool is_layer = p.kind == Kind::layer;
   const bool gate_first = kRole == Role::gated && p.gate_first;
 
   const auto fetch_tensor = [&](int stage, int index, const RowTensor& tensor, int64_t row) {
-    buffer.rows.fetch(stage, index, static_cast<const T*>(tensor.data) + tensor.layout.offset(row), lane, kGroup,
-                      vectors);
+    buffer.template fetch<T>(stage, index, row_of<T>(tensor, row), lane, kGroup, vectors);
   };
   const auto fetch = [&](int stage, int64_t row) {
     if (row < p.rows) {
       fetch_tensor(stage, 0, p.x, row);
       fetch_tensor(stage, 1, p.dy, row);
       if constexpr (kRole != Role::plain) fetch_tensor(stage, 2, other, row);
-      copy_async<4>(&buffer.rstd[stage][threadIdx.x], static_cast<const float*>(p.rstd) + row);
-      if (p.kind == Kind::layer) {
-        copy_async<4>(&buffer.mean[stage][threadIdx.x], static_cast<const float*>(p.mean) + row);
-      }
     }
     commit_copies();
   };
 
-  wait_for_predecessor();
-  release_successor();
-  int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kGroup;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kShape.groups() + threadIdx.x / kGroup;
   // Shuffles need whole warps: the loop below ends when the warp's first row does.
   const int64_t lag = kGroup < 32 ? (threadIdx.x % 32) / kGroup : 0;
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage, row + stage * row_step);
+  float next_rstd = row < p.rows ? rstds[row] : 0.0f;
+  float next_mean = is_layer && row < p.rows ? means[row] : 0.0f;
 
-  float weight[kVectors][kLanes];  // with the offset
+  // Weights wider than T would take twice the registers: those are read from the cache each time.
+  constexpr bool kHoldWeight = sizeof(W) == sizeof(T);
+  Packed<W, kLanes> weight[kHoldWeight ? kVectors : 1];
+  const auto load_weight = [&](int j) {
+    return load<W, kLanes>(static_cast<const W*>(p.weight.data) + (lane + j * kGroup) * kLanes);
+  };
+  if (kHoldWeight && p.weight.data) {
 #pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) weight[j][i] = 1.0f;
-    const int vector = lane + j * kGroup;
-    if (p.weight.data && vector < vectors) {
-      load_as_float(p.weight.data, p.weight.dtype, vector * kLanes, weight[j]);
-#pragma unroll
-      for (int i = 0; i < kLanes; ++i) weight[j][i] += static_cast<float>(p.weight_offset);
+    for (int j = 0; j < kVectors; ++j) {
+      if (lane + j * kGroup < vectors) weight[j] = load_weight(j);
     }
   }
+  const auto weights = [&](int j, float (&w)[kLanes]) {
+    if (!p.weight.data) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) w[i] = 1.0f;
+      return;
+    }
+    if constexpr (kHoldWeight) {
+      keep_packed(weight[j]);
+      unpack(weight[j], w);
+    } else {
+      unpack(load_weight(j), w);
+    }
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) w[i] += weight_offset;
+  };
   float dweight[kVectors][kLanes] = {};
   float dbias[kBias ? kVectors : 1][kLanes] = {};
 
   for (int stage = 0; row - lag < p.rows; row += row_step, stage = stage + 1 == kStages ? 0 : stage + 1) {
-    fetch(stage == 0 ? kStages - 1 : stage - 1, row + (kStages - 1) * row_step);
-    wait_for_copies<kStages - 1>();
     const bool valid = row < p.rows;
-    const float rstd = buffer.rstd[stage][threadIdx.x];
-    const float mean = p.kind == Kind::layer ? buffer.mean[stage][threadIdx.x] : 0.0f;
+    const float rstd = next_rstd;
+    const float mean = next_mean;
+    fetch(stage == 0 ? kStages - 1 : stage - 1, row + (kStages - 1) * row_step);
+    if (row + row_step < p.rows) {
+      next_rstd = rstds[row + row_step];
+      if (is_layer) next_mean = means[row + row_step];
+    }
+    wait_for_copies<kStages - 1>();
 
     float n[kVectors][kLanes];
     float g[kVectors][kLanes];
     float sums[2] = {0.0f, 0.0f};  // of g * n and of g
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int vector = lane + j * kGroup;
-      if (vector >= vectors || !valid) continue;
-      buffer.rows.template read<T>(stage, 0, j, n[j]);
-      buffer.rows.template read<T>(stage, 1, j, g[j]);
+      if (lane + j * kGroup >= vectors || !valid) continue;
+      float w[kLanes];
+      weights(j, w);
+      unpack(buffer.template read<T>(stage, 0, j), n[j]);
+      unpack(buffer.template read<T>(stage, 1, j), g[j]);
       float z[kLanes];
       if constexpr (kRole == Role::gated) {
-        buffer.rows.template read<T>(stage, 2, j, z);
+        unpack(buffer.template read<T>(stage, 2, j), z);
         if (gate_first) {
 #pragma unroll
           for (int i = 0; i < kLanes; ++i) n[j][i] *= activate<T>(p.activation, z[i]);
@@ -147,32 +132,33 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
       normalise<T>(mean, rstd, n[j]);
       if constexpr (kRole == Role::gated) {
         if (!gate_first) {
+          const int column = (lane + j * kGroup) * kLanes;
           float dz[kLanes];
           float b[kLanes] = {};
-          if (p.bias.data) load_as_float(p.bias.data, p.bias.dtype, vector * kLanes, b);
+          if (p.bias.data) load_as_float(p.bias.data, p.bias.dtype, column, b);
 #pragma unroll
           for (int i = 0; i < kLanes; ++i) {
             const Gate gate = activate_with_derivative<T>(p.activation, z[i]);
-            dz[i] = g[j][i] * (n[j][i] * weight[j][i] + b[i]) * gate.derivative;
+            dz[i] = g[j][i] * (n[j][i] * w[i] + b[i]) * gate.derivative;
             g[j][i] *= gate.value;
           }
-          store(static_cast<T*>(p.dgate.data) + row * p.width + vector * kLanes, pack<T>(dz));
+          store(static_cast<T*>(p.dgate.data) + row * p.width + column, pack<T>(dz));
         }
       }
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) {
         dweight[j][i] += g[j][i] * n[j][i];
         if constexpr (kBias) dbias[j][i] += g[j][i];
-        g[j][i] *= weight[j][i];
+        g[j][i] *= w[i];
         sums[0] += g[j][i] * n[j][i];
       }
-      if (p.kind == Kind::layer) {
+      if (is_layer) {
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) sums[1] += g[j][i];
       }
     }
     float mean_g = 0.0f;
-    if (p.kind == Kind::layer) {
+    if (is_layer) {
       group_sum(sums);
       mean_g = sums[1] * scale;
     } else {
@@ -194,15 +180,15 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
       for (int i = 0; i < kLanes; ++i) dx[i] = g[j][i] * rstd + (n[j][i] * scaled_dot + scaled_mean);
       if constexpr (kRole == Role::residual) {
         float h[kLanes];
-        buffer.rows.template read<T>(stage, 2, j, h);
+        unpack(buffer.template read<T>(stage, 2, j), h);
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) dx[i] += h[i];
       }
       if constexpr (kRole == Role::gated) {
         if (gate_first) {
           float x[kLanes], z[kLanes], dz[kLanes];
-          buffer.rows.template read<T>(stage, 0, j, x);
-          buffer.rows.template read<T>(stage, 2, j, z);
+          unpack(buffer.template read<T>(stage, 0, j), x);
+          unpack(buffer.template read<T>(stage, 2, j), z);
 #pragma unroll
           for (int i = 0; i < kLanes; ++i) {
             const Gate gate = activate_with_derivative<T>(p.activation, z[i]);
@@ -216,27 +202,29 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
     }
   }
 
-  // One row of `partials` a block.
+  // One row of `partials` a block: its groups' sums, added in order. The row buffers are free by now.
   const auto write_sums = [&](const float (&sums)[kVectors][kLanes], float* target) {
+    constexpr int kWidest = kShape.max_vectors * kLanes;
+    float* const columns = reinterpret_cast<float*>(dynamic_shared);
+    static_assert(sizeof(buffer) >= kShape.groups() * kWidest * sizeof(float));
+    __syncthreads();
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int vector = lane + j * kGroup;
-      float total[kLanes];
+      float* const own = columns + threadIdx.x / kGroup * kWidest + (lane + j * kGroup) * kLanes;
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) total[i] = sums[j][i];
-      if constexpr (kRowsPerBlock > 1) {
-        __syncthreads();  // the columns of the previous vector have been read
-        store(shared.columns[threadIdx.x], pack<float>(total));
-        __syncthreads();
-        if (threadIdx.x >= kGroup) continue;
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) total[i] = 0.0f;
-        for (int group = 0; group < kRowsPerBlock; ++group) {
-#pragma unroll
-          for (int i = 0; i < kLanes; ++i) total[i] += shared.columns[group * kGroup + lane][i];
-        }
+      for (int i = 0; i < kLanes; i += 4) {
+        *reinterpret_cast<float4*>(own + i) = {sums[j][i], sums[j][i + 1], sums[j][i + 2], sums[j][i + 3]};
       }
-      if (vector < vectors) store(target + vector * kLanes, pack<float>(total));
+    }
+    __syncthreads();
+    for (int column = threadIdx.x * 4; column < p.width; column += kShape.threads * 4) {
+      float4 total = *reinterpret_cast<const float4*>(columns + column);
+#pragma unroll
+      for (int group = 1; group < kShape.groups(); ++group) {
+        const float4 part = *reinterpret_cast<const float4*>(columns + group * kWidest + column);
+        total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
+      }
+      *reinterpret_cast<float4*>(target + column) = total;
     }
   };
   if (p.partials) {
@@ -250,6 +238,18 @@ __global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShap
       if (p.dbias.data) write_sums(dbias, target);
     }
   }
+}
+
+template <typename T, Role kRole, bool kBias, int kIndex>
+__global__ void __launch_bounds__(kBackwardShapes[kIndex].threads, kBackwardShapes[kIndex].blocks)
+    backward_kernel(const __grid_constant__ BackwardParams p) {
+  constexpr Shape kShape = kBackwardShapes[kIndex];
+  prefetch_row<T>(p.x, p, kShape);
+  prefetch_row<T>(p.dy, p, kShape);
+  wait_for_predecessor();
+  release_successor();
+  const bool wide = p.weight.data && p.weight.dtype == DType::f32;
+  wide ? backward_rows<T, kRole, float, kBias, kIndex>(p) : backward_rows<T, kRole, T, kBias, kIndex>(p);
 }
 
 }  // namespace inlay::norm::cuda

@@ -41,6 +41,10 @@ bool is(DType dtype, std::initializer_list<RowTensor> tensors) {
   return true;
 }
 
+bool own_or_f32(const VectorTensor& vector, DType dtype) {
+  return !vector.data || vector.dtype == dtype || vector.dtype == DType::f32;
+}
+
 Role role_of(const void* residual, const void* gate) {
   return residual ? Role::residual : gate ? Role::gated : Role::plain;
 }
@@ -80,19 +84,15 @@ Launch<ForwardParams> find_forward(const ForwardParams& p) {
                          {p.weight.data, p.bias.data, p.y.data, p.residual_out.data});
   };
   const bool one_dtype = is(p.x.dtype, {p.residual, p.gate}) && (!p.residual.data || p.residual_out.dtype == p.x.dtype);
-  const auto narrow_or_f32 = [&](const VectorTensor& vector) {
-    return !vector.data || vector.dtype == p.x.dtype || vector.dtype == DType::f32;
-  };
-  const bool vectors_fit = narrow_or_f32(p.weight) && narrow_or_f32(p.bias) &&
+  const bool vectors_fit = own_or_f32(p.weight, p.x.dtype) && own_or_f32(p.bias, p.x.dtype) &&
                            (!p.weight.data || !p.bias.data || p.weight.dtype == p.bias.dtype);
   if (one_dtype && vectors_fit && wide(elements)) {
-    const int shape = forward_shape(p.width / elements, p.rows, inlay::cuda::multiprocessor_count());
     const Role role = role_of(p.residual.data, p.gate.data);
-    if (shape >= 0) {
-      return with_type_and_role(p.x.dtype, role, [&](auto zero, auto constant) {
-        return register_forward<decltype(zero), decltype(constant)::value>(p, shape);
-      });
-    }
+    return with_type_and_role(p.x.dtype, role, [&](auto zero, auto constant) {
+      constexpr Role kRole = decltype(constant)::value;
+      const int shape = forward_shape<kRole>(p.width / elements, p.rows, inlay::cuda::multiprocessor_count());
+      return shape < 0 ? general_forward(p, wide(8)) : register_forward<decltype(zero), kRole>(p, shape);
+    });
   }
   return general_forward(p, wide(8));
 }
@@ -106,7 +106,8 @@ Launch<BackwardParams> find_backward(const BackwardParams& p) {
   };
   const Role role = role_of(p.dresidual_out.data, p.gate.data);
   const bool bias_in_place = !p.dbias.data || role == Role::plain;
-  if (is(dtype, {p.x, p.dy, p.dresidual_out, p.gate}) && !p.dresidual.data && bias_in_place && wide(elements)) {
+  if (is(dtype, {p.x, p.dy, p.dresidual_out, p.gate}) && own_or_f32(p.weight, dtype) && !p.dresidual.data &&
+      bias_in_place && wide(elements)) {
     const int shape = shape_index(kBackwardShapes, p.width / elements);
     if (shape >= 0) {
       return with_type_and_role(dtype, role, [&](auto zero, auto constant) {
@@ -138,7 +139,7 @@ void backward(const BackwardParams& params, void* stream) {
   if (!params.partials) return;
   const unsigned wanted = (params.dweight.data != nullptr) + (params.dbias.data != nullptr);
   const dim3 grid(static_cast<unsigned>((params.width + cuda::kSumColumns - 1) / cuda::kSumColumns), wanted);
-  inlay::cuda::start<cuda::sum_partials_kernel, cuda::kSumColumns * cuda::kSumWarps>(params, grid, stream);
+  inlay::cuda::start<cuda::sum_partials_kernel, cuda::kSumThreads>(params, grid, stream);
 }
 
 }  // namespace inlay::norm

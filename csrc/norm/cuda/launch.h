@@ -2,14 +2,14 @@
 #pragma once
 
 #include "common/cuda/launch.cuh"
-#include "norm/cuda/maths.cuh"
+#include "norm/cuda/config.h"
 #include "norm/params.h"
 
 namespace inlay::norm::cuda {
 
 using inlay::cuda::Launch;
 
-// The register kernel for rows of kForwardShapes[shape] / kBackwardShapes[shape].
+// The register kernel for rows of forward_shapes<kRole>()[shape] / kBackwardShapes[shape].
 template <typename T, Role kRole>
 Launch<ForwardParams> register_forward(const ForwardParams& params, int shape);
 template <typename T, Role kRole>

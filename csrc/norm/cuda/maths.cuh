@@ -1,12 +1,30 @@
 // The few formulas that forward and backward kernels share.
 #pragma once
 
+#include "common/cuda/launch.cuh"
+#include "common/cuda/vector.cuh"
+#include "norm/cuda/config.h"
 #include "norm/params.h"
 
 namespace inlay::norm::cuda {
 
-// What a kernel reads beside x. One kernel each, because registers are what limits them.
-enum class Role { plain, residual, gated };
+template <typename T>
+__device__ inline const T* row_of(const RowTensor& tensor, int64_t row) {
+  return static_cast<const T*>(tensor.data) + tensor.layout.offset(row);
+}
+
+// Brings a block's first rows of a tensor to L2 while the previous kernel ends. The data may still be written: L2 is
+// where all accesses meet, so that a prefetch sees nothing and spoils nothing.
+template <typename T, typename Params>
+__device__ inline void prefetch_row(const RowTensor& tensor, const Params& p, const Shape& shape) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * shape.groups() + threadIdx.x / shape.group;
+  if (row >= p.rows) return;
+  constexpr int kLanes = inlay::cuda::kPerAccess<T>;
+  const T* const source = row_of<T>(tensor, row);
+  for (int column = threadIdx.x % shape.group * kLanes; column < p.width; column += shape.group * kLanes) {
+    inlay::cuda::prefetch_to_l2(source + column);
+  }
+}
 
 struct Gate {
   float value;       // act(z)

@@ -12,8 +12,8 @@ template <typename T, Role kRole, bool kBias, int kIndex>
 Launch<BackwardParams> backward_launch(const BackwardParams& params) {
   constexpr Shape kShape = kBackwardShapes[kIndex];
   return resident_launch<backward_kernel<T, kRole, kBias, kIndex>, kShape.threads,
-                         sizeof(BackwardBuffer<kRole, kIndex>), BackwardParams>(
-      (params.rows + kShape.rows_per_block() - 1) / kShape.rows_per_block());
+                         sizeof(BackwardBuffer<kRole, kIndex>), BackwardParams>((params.rows + kShape.groups() - 1) /
+                                                                                kShape.groups());
 }
 
 template <typename T, Role kRole, bool kBias, int... kIndices>

@@ -10,9 +10,14 @@ namespace inlay::norm::cuda {
 
 template <typename T, Role kRole, int kIndex>
 Launch<ForwardParams> forward_launch(const ForwardParams& params) {
-  constexpr Shape kShape = kForwardShapes[kIndex];
-  return block_per_piece_launch<forward_kernel<T, kRole, kIndex>, kShape.threads, ForwardParams>(
-      (params.rows + kShape.rows_per_block() - 1) / kShape.rows_per_block());
+  constexpr Shape kShape = forward_shapes<kRole>()[kIndex];
+  const int64_t blocks = (params.rows + kShape.groups() - 1) / kShape.groups();
+  if constexpr (kRole == Role::gated) {
+    return resident_launch<forward_kernel<T, kRole, kIndex>, kShape.threads, sizeof(ForwardBuffer<kRole, kIndex>),
+                           ForwardParams>(blocks);
+  } else {
+    return block_per_piece_launch<forward_kernel<T, kRole, kIndex>, kShape.threads, ForwardParams>(blocks);
+  }
 }
 
 template <typename T, Role kRole, int... kIndices>
@@ -24,7 +29,7 @@ Launch<ForwardParams> forward_launch(const ForwardParams& params, int shape, std
 
 template <typename T, Role kRole>
 Launch<ForwardParams> register_forward(const ForwardParams& params, int shape) {
-  return forward_launch<T, kRole>(params, shape, std::make_integer_sequence<int, std::size(kForwardShapes)>{});
+  return forward_launch<T, kRole>(params, shape, std::make_integer_sequence<int, std::size(forward_shapes<kRole>())>{});
 }
 
 }  // namespace inlay::norm::cuda

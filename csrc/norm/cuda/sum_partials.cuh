@@ -9,15 +9,16 @@ namespace inlay::norm::cuda {
 
 using namespace inlay::cuda;
 
-inline constexpr int kSumColumns = 32;  // of a block: one for each lane
-inline constexpr int kSumWarps = 32;    // each adds every 32nd row, then their sums are added in order
+// Few columns a block and small blocks: what this kernel takes is latency, and many blocks hide it.
+inline constexpr int kSumColumns = 8;    // of a block; each row of them is one sector of memory
+inline constexpr int kSumThreads = 256;  // as many rows are read at once
 
-// Grid: (columns / 32, wanted vectors).
-__global__ void __launch_bounds__(kSumColumns* kSumWarps)
-    sum_partials_kernel(const __grid_constant__ BackwardParams p) {
-  __shared__ float sums[kSumWarps][kSumColumns];
+// Grid: (columns / kSumColumns, wanted vectors).
+__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(const __grid_constant__ BackwardParams p) {
+  constexpr int kRows = kSumThreads / kSumColumns;
+  __shared__ float sums[kRows][kSumColumns];
   const int lane = threadIdx.x % kSumColumns;
-  const int warp = threadIdx.x / kSumColumns;
+  const int first_row = threadIdx.x / kSumColumns;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + lane;
   const int64_t row_size = gridDim.y * p.width;
   const float* const partials = static_cast<const float*>(p.partials) + blockIdx.y * p.width + column;
@@ -26,13 +27,14 @@ __global__ void __launch_bounds__(kSumColumns* kSumWarps)
   float sum = 0.0f;
   if (column < p.width) {
 #pragma unroll 16
-    for (int64_t row = warp; row < p.partial_rows; row += kSumWarps) sum += partials[row * row_size];
+    for (int64_t row = first_row; row < p.partial_rows; row += kRows) sum += partials[row * row_size];
   }
-  sums[warp][lane] = sum;
+  sums[first_row][lane] = sum;
   __syncthreads();
-  if (warp == 0 && column < p.width) {
+  if (first_row == 0 && column < p.width) {
     float total[1] = {0.0f};
-    for (int i = 0; i < kSumWarps; ++i) total[0] += sums[i][lane];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) total[0] += sums[i][lane];
     const OutputTensor& target = blockIdx.y == 0 && p.dweight.data ? p.dweight : p.dbias;
     store_from_float(target.data, target.dtype, column, total);
   }

@@ -80,6 +80,8 @@ def dtype(op: str, argument: str, value: torch.dtype, allowed: tuple[torch.dtype
 
 def dense_gradient(gradient: Tensor) -> Tensor:
     """A gradient in strides that kernels read: autograd hands over any, those of ``y.sum()`` are all 0."""
+    if gradient.is_contiguous():
+        return gradient
     dense = gradient.shape[-1] <= 1 or gradient.stride(-1) == 1
     if dense and (gradient.dim() <= _MAX_ROW_LEVELS + 1 or _row_levels(gradient) <= _MAX_ROW_LEVELS):
         return gradient

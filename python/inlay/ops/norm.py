@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inlay import _load
 from inlay.ops import _checks as checks
@@ -280,11 +279,13 @@ class _Norm(Function):
         _, stats = output
         ctx.save_for_backward(x, weight, bias, gate, stats)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # else each backward starts by filling a tensor with zeros for stats
         ctx.constants = weight_offset, kind, activation, gate_first
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None):  # type: ignore[override]
+        if dy is None:
+            return (None,) * 10
         x, weight, bias, gate, stats = ctx.saved_tensors
         weight_offset, kind, activation, gate_first = ctx.constants
         _, needs_weight, needs_bias, _, *_ = ctx.needs_input_grad
@@ -318,7 +319,6 @@ class _AddNorm(Function):
         ctx.constants = weight_offset, kind, x.dtype, residual.dtype
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None, _: Tensor | None):  # type: ignore[override]
         residual_out, weight, bias, stats = ctx.saved_tensors
         weight_offset, kind, x_dtype, residual_dtype = ctx.constants
