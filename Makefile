@@ -56,13 +56,13 @@ format: $(VENV)/.inlay-requirements ## ruff, clang-format: mend
 	clang-format -i $(CXX_SOURCES)
 
 # torch's caching allocator hides out-of-bounds accesses from memcheck, hence the variable.
-sanitize: build ## the CUDA tests under compute-sanitizer: memcheck, racecheck, synccheck
+sanitize: build ## every CUDA kernel under compute-sanitizer: memcheck, racecheck, synccheck
 	@$(require_gpu)
 	@command -v compute-sanitizer >/dev/null || { echo "inlay: compute-sanitizer is not on PATH; it is part of the CUDA toolkit"; exit 1; }
-	for tool in memcheck racecheck synccheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-name kns=inlay \
-	    $(BIN)/python -m pytest -m "cuda and not slow" -q $(ARGS) || exit 1; \
-	done
+	for family in tests/*/sanitized.py; do for tool in memcheck synccheck "racecheck bfloat16"; do set -- $$tool; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$1 --error-exitcode 1 --kernel-name kns=inlay \
+	    $(BIN)/python -m tests.$$(basename $$(dirname $$family)).sanitized $$2 || exit 1; \
+	done; done
 
 wheel: build ## a wheel in dist/
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -157,8 +157,10 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_fsdp2(checkpointing: bool, patch_first: bool) -> None:
     """fully_shard swaps the layers' classes for derived ones, and these are what transformers 5.23 checkpoints."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh("cpu", (1,))  # the default is a GPU where there is one
     model = language_model("qwen3").train()
     ids = tokens(model)
     expected = gradients(deepcopy(model), ids)
@@ -167,8 +169,8 @@ def test_fsdp2(checkpointing: bool, patch_first: bool) -> None:
     if patch_first:
         inlay.patch(model, strict=True)
     for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     inlay.patch(model, strict=True)
     model(ids, labels=ids, use_cache=False).loss.backward()
     actual = {name: parameter.grad.full_tensor().double() for name, parameter in model.named_parameters()}

@@ -63,8 +63,8 @@ __device__ inline void backward_rows(const BackwardParams& p) {
   };
 
   int64_t row = static_cast<int64_t>(blockIdx.x) * kShape.groups() + threadIdx.x / kGroup;
-  // Shuffles need whole warps: the loop below ends when the warp's first row does.
-  const int64_t lag = kGroup < 32 ? (threadIdx.x % 32) / kGroup : 0;
+  // All groups of a block take as many turns, the last ones perhaps without a row: shuffles need whole warps.
+  const int64_t lag = threadIdx.x / kGroup;
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage, row + stage * row_step);
   float next_rstd = row < p.rows ? rstds[row] : 0.0f;

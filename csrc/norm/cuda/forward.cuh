@@ -190,8 +190,8 @@ __device__ inline void forward_rows(const ForwardParams& p) {
     for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage, row + stage * row_step);
     own_vectors = vectors;
     load_weight();
-    // Shuffles need whole warps: the loop ends when the warp's first row does.
-    const int64_t lag = kGroup < 32 ? (threadIdx.x % 32) / kGroup : 0;
+    // All groups of a block take as many turns, the last ones perhaps without a row: shuffles need whole warps.
+    const int64_t lag = threadIdx.x / kGroup;
     for (int stage = 0; row - lag < p.rows; row += row_step, stage = stage + 1 == kStages ? 0 : stage + 1) {
       fetch(stage == 0 ? kStages - 1 : stage - 1, row + (kStages - 1) * row_step);
       wait_for_copies<kStages - 1>();

@@ -22,6 +22,7 @@ import ast
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -75,8 +76,10 @@ def _setting(norm: nn.Module, spec: NormSpec, a: Any, b: Any) -> Setting | str:
     """How to compute the norm together with the add, or why it has to be called as a module."""
     if type(norm) is not spec.cls:
         return f"it is a {type(norm).__name__} now"
-    own = vars(norm).get("forward")
-    if own is not None and getattr(own, "__func__", None) not in (norms.forward, spec.cls.forward):
+    # What torch.compile of torch 2.11 understands: neither getattr(method, "__func__", None) nor a function in a tuple.
+    own = norm.forward
+    function = own.__func__ if isinstance(own, MethodType) else None
+    if function is not norms.forward and function is not spec.cls.forward:
         return "its forward is wrapped"
     if _has_hooks(norm):
         return "it has hooks"

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Function(torch.autograd.Function):
-    """``torch.autograd.Function`` with ``setup_context`` whose backward cannot be differentiated, at half the host cost.
+    """``torch.autograd.Function`` with ``setup_context``, differentiable once, at half the host cost.
 
     ``apply`` asks for the signature of ``forward`` each time, which takes longer than a launch; it is worked out once.
     ``once_differentiable`` enters and leaves ``no_grad``, for nothing unless someone asked for a second derivative.
