@@ -45,10 +45,9 @@ inline constexpr Shape kPlainForwardShapes[] = {
 };
 static_assert(is_valid(kPlainForwardShapes));
 
-// A second tensor doubles the bytes under way: half the vectors, and from 512 elements up no cap on the
-// registers.
+// A second tensor doubles the bytes under way: half the vectors, and no cap on the registers.
 inline constexpr Shape kResidualForwardShapes[] = {
-    {8, 8, 1, 256, 8},     {16, 16, 1, 256, 8},    {32, 32, 1, 256, 8},    {64, 32, 2, 128, 1},
+    {8, 8, 1, 256, 1},     {16, 16, 1, 256, 1},    {32, 32, 1, 256, 1},    {64, 32, 2, 128, 1},
     {128, 64, 2, 64, 1},   {256, 128, 2, 128, 1},  {384, 192, 2, 192, 1},  {512, 256, 2, 256, 1},
     {640, 320, 2, 320, 1}, {1024, 512, 2, 512, 1}, {2048, 512, 4, 512, 1}, {4096, 1024, 4, 1024, 1},
 };
