@@ -10,7 +10,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(INLAY_CPU_FLAGS_avx2 -mavx2 -mfma -mf16c)
   # GCC 12's AVX-512 intrinsics name uninitialised operands on purpose, and then warn about them.
   set(INLAY_CPU_FLAGS_avx512
-      ${INLAY_CPU_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -Wno-maybe-uninitialized)
+      ${INLAY_CPU_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -Wno-maybe-uninitialized -Wno-uninitialized)
   set(INLAY_CPU_FLAGS_avx512_bf16 ${INLAY_CPU_FLAGS_avx512} -mavx512bf16)
 endif()
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "common/cpu/isa.h"
+#include "gdn/params.h"
 #include "norm/params.h"
 
 namespace py = pybind11;
@@ -49,4 +50,15 @@ PYBIND11_MODULE(_native, m) {
         return enums;
       },
       "The integers that the norm ops take, for the test that holds Python's enums to them.");
+  m.def(
+      "gdn_enums",
+      [] {
+        using namespace inlay::gdn;
+        py::dict enums;
+        enums["AUTO"] = static_cast<int>(Mode::automatic);
+        enums["CHUNK"] = static_cast<int>(Mode::chunk);
+        enums["RECURRENT"] = static_cast<int>(Mode::recurrent);
+        return enums;
+      },
+      "The integers that the gdn ops take, for the test that holds Python's enum to them.");
 }

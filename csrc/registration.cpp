@@ -21,4 +21,23 @@ STABLE_TORCH_LIBRARY(inlay, m) {
       "float weight_offset, int kind, int activation, bool gate_first, ScalarType x_dtype, ScalarType residual_dtype, "
       "bool needs_dweight, bool needs_dbias) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
       "Tensor dbias)");
+
+  // gdn. What the backward needs are the inputs alone, so one op is the forward with and without gradients.
+  m.def(
+      "gdn_gates(Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, float beta_scale, ScalarType beta_dtype) -> "
+      "(Tensor g, Tensor beta)");
+  m.def(
+      "gdn_gates_bwd(Tensor dg, Tensor dbeta, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, float beta_scale, "
+      "bool needs_vectors) -> (Tensor da, Tensor db, Tensor dA_log, Tensor ddt_bias)");
+  m.def(
+      "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, "
+      "Tensor? cu_seqlens, float scale, bool l2norm_qk, bool output_final_state, ScalarType state_dtype, int mode) -> "
+      "(Tensor o, Tensor final_state)");
+  m.def(
+      "gated_delta_rule_bwd(Tensor dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
+      "Tensor? initial_state, Tensor? cu_seqlens, float scale, bool l2norm_qk, bool needs_dinitial_state) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state)");
+  m.def(
+      "gated_delta_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
+      "Tensor(b!)? states_out, float scale, bool l2norm_qk) -> Tensor");
 }

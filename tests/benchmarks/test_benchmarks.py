@@ -78,6 +78,7 @@ def test_report_writes_every_row_and_a_plot(tmp_path, monkeypatch):
     readme.write_text("before <!-- benchmarks:norm:begin --> old <!-- benchmarks:norm:end --> after")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "FAMILIES", {"norm": report.FAMILIES["norm"]})
     monkeypatch.setattr(sys, "argv", ["report.py"])
     assert report.main() == 0
     text = readme.read_text()
@@ -93,9 +94,14 @@ def test_report_writes_every_row_and_a_plot(tmp_path, monkeypatch):
     assert report.main() == 1
 
 
-def test_run_writes_a_results_file(tmp_path):
-    command = [sys.executable, "benchmarks/run.py", "norm", "--device", "cpu", "--quick", "--filter", "l2_norm"]
+@pytest.mark.parametrize(
+    ("family", "chosen", "implementations"),
+    [("norm", "l2_norm", {"inlay", "hf_eager", "torch"}), ("gdn", "gated_delta", {"inlay", "hf_eager"})],
+)
+def test_run_writes_a_results_file(family, chosen, implementations, tmp_path):
+    pytest.importorskip("transformers")
+    command = [sys.executable, "benchmarks/run.py", family, "--device", "cpu", "--quick", "--filter", chosen]
     done = subprocess.run([*command, "--output", tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
-    _, rows = harness.read_results(tmp_path / "norm-cpu.csv")
-    assert {row["implementation"] for row in rows} == {"inlay", "hf_eager", "torch"}
+    _, rows = harness.read_results(tmp_path / f"{family}-cpu.csv")
+    assert {row["implementation"] for row in rows} == implementations
     assert not any(row["note"] for row in rows), done.stdout

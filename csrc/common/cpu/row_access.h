@@ -13,6 +13,16 @@ namespace {
 
 struct Any {};
 
+// Any, but vectors of doubles know no other type than double.
+template <class Scalar>
+struct AnyFor {
+  using type = Any;
+};
+template <>
+struct AnyFor<double> {
+  using type = double;
+};
+
 // The value that storing v as T and loading it again gives.
 template <class Vec, class T>
 struct Rounder {

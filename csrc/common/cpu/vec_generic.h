@@ -191,9 +191,12 @@ INLAY_INLINE GenericVec<float> scale(GenericVec<float> v, GenericVec<float> n) {
   return v.raw * reinterpret_cast<F32x4>((half + 127) << 23) * reinterpret_cast<F32x4>((exponent - half + 127) << 23);
 }
 
-// Double precision serves gradient checks, not speed: the C library's exp, lane by lane.
+// Double precision serves gradient checks, not speed: the C library's functions, lane by lane.
 INLAY_INLINE GenericVec<double> exp(GenericVec<double> v) {
   return F64x2{__builtin_exp(v.raw[0]), __builtin_exp(v.raw[1])};
+}
+INLAY_INLINE GenericVec<double> log1p(GenericVec<double> v) {
+  return F64x2{__builtin_log1p(v.raw[0]), __builtin_log1p(v.raw[1])};
 }
 
 }  // namespace

@@ -27,6 +27,24 @@ INLAY_INLINE Vec exp(Vec v) {
   return scale(fma(series, r2, r) + constant(1.0f), n);
 }
 
+// log(1 + v) in single precision for 0 <= v <= 1, small v to the last digits too; NaN stays NaN.
+// With s = v / (2 + v) <= 1/3: log(1 + v) = 2 artanh(s), whose series' next term is 5e-10 of it.
+template <class Vec>
+INLAY_INLINE Vec log1p(Vec v) {
+  const Vec s = v / (Vec::set(2) + v);
+  const Vec s2 = s * s;
+  Vec series = Vec::set(1.0f / 17);
+  for (int odd = 15; odd >= 3; odd -= 2) series = fma(series, s2, Vec::set(1.0f / static_cast<float>(odd)));
+  const Vec twice = s + s;
+  return fma(twice * s2, series, twice);
+}
+
+// log(1 + e^v): v itself where e^-v is too small to matter.
+template <class Vec>
+INLAY_INLINE Vec softplus(Vec v) {
+  return max(Vec::set(0), v) + log1p(exp(min(-v, v)));
+}
+
 template <class Vec>
 INLAY_INLINE Vec sigmoid(Vec v) {
   const Vec one = Vec::set(1);

@@ -27,15 +27,6 @@ struct Flag {
   static constexpr bool value = flag;
 };
 
-template <class Scalar>
-struct AnyFor {
-  using type = Any;
-};
-template <>
-struct AnyFor<double> {
-  using type = double;
-};
-
 INLAY_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLAY_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 INLAY_INLINE double square_root(double v) { return __builtin_sqrt(v); }

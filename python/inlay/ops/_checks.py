@@ -15,6 +15,7 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+HALVES_AND_FLOAT32 = _DTYPES["cuda"]
 _MAX_ROW_LEVELS = 3  # distinct strides of leading dimensions that kernels follow, see csrc/common/rows.h
 _Value = TypeVar("_Value")
 
@@ -25,8 +26,7 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def activations(op: str, argument: str, x: Tensor) -> None:
     """A tensor [..., N] with a dense last dimension, on a device and in a dtype that has kernels."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {argument} must be a Tensor, got {type(x).__name__}")
+    given(op, argument, x)
     dtypes = _DTYPES.get(x.device.type)
     if dtypes is None:
         raise ValueError(f"{op}: {argument} must be on cpu, cuda or meta, got {x.device}")
@@ -37,32 +37,39 @@ def activations(op: str, argument: str, x: Tensor) -> None:
     _dense_rows(op, argument, x)
 
 
-def like(op: str, argument: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A tensor of x's shape and device, dense in its last dimension."""
+def given(op: str, argument: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {argument} must be a Tensor, got {type(tensor).__name__}")
+
+
+def on_device(op: str, argument: str, tensor: Tensor, x: Tensor, of: str = "x") -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {argument} must be on {of}'s device {x.device}, got {tensor.device}")
+
+
+def like(op: str, argument: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...], of: str = "x") -> None:
+    """A tensor of the shape and device of x, which the op calls ``of``; dense in its last dimension."""
+    given(op, argument, tensor)
     if tensor.shape != x.shape:
-        raise ValueError(f"{op}: {argument} must have x's shape {list(x.shape)}, got {list(tensor.shape)}")
+        raise ValueError(f"{op}: {argument} must have {of}'s shape {list(x.shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{op}: {argument} must be {names(dtypes)}, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{op}: {argument} must be on x's device {x.device}, got {tensor.device}")
+    on_device(op, argument, tensor, x, of)
     _dense_rows(op, argument, tensor)
 
 
-def vector(op: str, argument: str, tensor: Tensor | None, x: Tensor) -> None:
-    """None, or a dense [N] for x [..., N]."""
+def vector(op: str, argument: str, tensor: Tensor | None, x: Tensor, of: str = "x") -> None:
+    """None, or a dense [N] for x [..., N], which the op calls ``of``."""
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {argument} must be a Tensor or None, got {type(tensor).__name__}")
     if tensor.dim() != 1 or tensor.shape[0] != x.shape[-1]:
-        raise ValueError(f"{op}: {argument} must have shape [{x.shape[-1]}] (x's width), got {list(tensor.shape)}")
-    if tensor.device != x.device:
-        raise ValueError(f"{op}: {argument} must be on x's device {x.device}, got {tensor.device}")
+        raise ValueError(f"{op}: {argument} must have shape [{x.shape[-1]}] ({of}'s width), got {list(tensor.shape)}")
+    on_device(op, argument, tensor, x, of)
     if tensor.dtype not in _DTYPES[x.device.type] or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
         allowed = (torch.float64,) if x.dtype == torch.float64 else _DTYPES["cuda"]
-        raise ValueError(f"{op}: {argument} must be {names(allowed)} for {x.dtype} x, got {tensor.dtype}")
+        raise ValueError(f"{op}: {argument} must be {names(allowed)} for {x.dtype} {of}, got {tensor.dtype}")
     _dense_rows(op, argument, tensor)
 
 

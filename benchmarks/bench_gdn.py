@@ -1,0 +1,185 @@
+"""Gated delta rule benchmarks: whole sequences, decoding and gates, ours beside every rival on the same tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.gdn_rivals import IMPLEMENTATIONS, INPUTS, PACKAGES, Implementation, Op, Tensors
+from benchmarks.harness import Bar, Call, Options, Row
+from inlay import reference
+
+SUBJECT = "inlay"
+
+_DTYPE = torch.bfloat16
+_TOLERANCE = 0.02  # relative L2, for a rival to count as computing the same thing in bf16
+_LEAVES = {"gdn_gates": ("a", "b", "A_log", "dt_bias"), "gated_delta_rule": INPUTS}
+_HEAD_DIM = 128  # of keys and of values, as in every Qwen model
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    direction: str
+    batch: int
+    tokens: int
+    key_heads: int
+    value_heads: int
+    modes: tuple[str, ...] = ("graph", "eager")
+    bars: dict[str, tuple[Bar, ...]] = field(default_factory=dict)  # per mode
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.direction} {self.batch}x{self.tokens} {self.key_heads}/{self.value_heads}"
+
+    def tensors(self, device: str) -> Tensors:
+        """Strengths of decay as Qwen's: many tokens to forget most of a state."""
+
+        def normal(*sizes: int, dtype: torch.dtype = _DTYPE) -> Tensor:
+            return torch.randn(sizes, device=device).to(dtype)
+
+        rows = (self.batch, self.tokens)
+        if self.op == "gdn_gates":
+            vectors = {name: normal(self.value_heads) for name in ("A_log", "dt_bias")}
+            return {"a": normal(*rows, self.value_heads), "b": normal(*rows, self.value_heads), **vectors}
+        tensors = {
+            "q": normal(*rows, self.key_heads, _HEAD_DIM),
+            "k": normal(*rows, self.key_heads, _HEAD_DIM),
+            "v": normal(*rows, self.value_heads, _HEAD_DIM),
+            "g": F.logsigmoid(normal(*rows, self.value_heads, dtype=torch.float32)) / 16,
+            "beta": normal(*rows, self.value_heads).sigmoid(),
+        }
+        if self.op == "gated_delta_step":
+            shape = (self.batch, self.value_heads, _HEAD_DIM, _HEAD_DIM)
+            tensors["state"] = normal(*shape, dtype=torch.float32)
+        return tensors
+
+    def bytes(self) -> int:
+        """Inputs read once and outputs written once; a backward reads and writes as much again for the gradients."""
+        once = sum(t.numel() * t.element_size() for t in self.tensors("meta").values())
+        if self.op == "gdn_gates":
+            gates = self.batch * self.tokens * self.value_heads * (4 + _DTYPE.itemsize)
+            return 2 * once + gates if self.direction == "backward" else once + gates
+        output = self.batch * self.tokens * self.value_heads * _HEAD_DIM * _DTYPE.itemsize
+        state = self.batch * self.value_heads * _HEAD_DIM**2 * 4 if self.op == "gated_delta_step" else 0
+        return (2 * once if self.direction == "backward" else once) + output + state
+
+    def call(self, op: Op, tensors: Tensors) -> Call:
+        """What is timed: the forward without gradients, or the backward alone, through autograd."""
+        if self.direction == "forward":
+            return torch.no_grad()(lambda: _tuple(op(tensors)))
+        leaves = {name: tensors[name].detach().requires_grad_() for name in _LEAVES[self.op]}
+        outputs = _tuple(op({**tensors, **leaves}))
+        inputs, douts = tuple(leaves.values()), tuple(torch.ones_like(output) for output in outputs)
+        return lambda: torch.autograd.grad(outputs, inputs, douts, retain_graph=True)
+
+    def expected(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        """By the reference, in float32 and on copies."""
+        wide = {name: tensor.float() for name, tensor in tensors.items()}
+        if "state" in wide:
+            wide["state"] = wide["state"].clone()
+        return self.call(_reference(self.op), wide)()
+
+
+def run(options: Options) -> Iterator[Row]:
+    makers = {name: maker for name, (maker, devices) in IMPLEMENTATIONS.items() if options.device in devices}
+    implementations = harness.importable(makers, options.chosen(makers, SUBJECT))
+    patience = harness.Patience(options.rival_seconds, unlimited=SUBJECT)
+    for case in _cases(options.device, options.quick):
+        if options.filter in str(case):
+            yield from _measure(case, implementations, options, patience)
+            harness.free_memory()
+
+
+def _measure(
+    case: Case, implementations: dict[str, Implementation], options: Options, patience: harness.Patience
+) -> Iterator[Row]:
+    count = harness.buffer_sets(case.bytes()) if "graph" in case.modes else 1
+    rows: dict[str, list[Row]] = {mode: [] for mode in case.modes}
+    for name, implementation in implementations.items():
+        op = implementation.get(case.op)
+        if op is None or not patience.left(name):
+            continue
+        torch.manual_seed(0)  # each implementation has its own states to update, and all have the same
+        sets = [case.tensors(options.device) for _ in range(count)]
+        expected = case.expected(sets[0])
+        start = time.perf_counter()
+        try:
+            calls = [case.call(op, tensors) for tensors in sets]
+            note = "" if _agrees(calls[0](), expected) else "result differs"
+            for mode in case.modes:
+                timing = _time(mode, calls, options)
+                rows[mode].append(harness.row(str(case), mode, name, timing, case.bytes(), options.copy, note))
+        except Exception as error:  # a rival that fails is a note, not the end of the run
+            if name == SUBJECT:
+                raise
+            print(f"{name}: {case}: {type(error).__name__}: {error}", flush=True)
+        patience.spend(name, time.perf_counter() - start)
+        calls = []
+        harness.free_memory()
+    for mode in case.modes:
+        yield from harness.judged(rows[mode], SUBJECT, case.bars.get(mode, ()))
+
+
+def _agrees(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    pairs = zip(results, expected, strict=True)
+    return all((a.double() - e.double()).norm() <= _TOLERANCE * e.double().norm() for a, e in pairs)
+
+
+def _time(mode: str, calls: list[Call], options: Options) -> harness.Timing:
+    if options.device == "cpu":
+        return harness.time_cpu(calls[0], 0.2 if options.quick else 2.0)
+    return harness.time_graph(calls) if mode == "graph" else harness.time_events(calls[0])
+
+
+def _cases(device: str, quick: bool) -> Iterator[Case]:
+    if device == "cpu":
+        yield from _cpu_cases(quick)
+        return
+    heads = [(16, 32)] if quick else [(16, 16), (16, 32), (16, 64)]
+    rows = [(1, 8192)] if quick else [(1, 2048), (1, 8192), (1, 32768), (8, 4096)]
+    for key_heads, value_heads in heads:
+        for batch, tokens in rows:
+            for direction in ("forward", "backward"):
+                yield Case("gated_delta_rule", direction, batch, tokens, key_heads, value_heads)
+        for batch in (1, 64):
+            yield Case("gated_delta_step", "forward", batch, 1, key_heads, value_heads)
+        for direction in ("forward", "backward"):
+            yield Case("gdn_gates", direction, 1, 8192, key_heads, value_heads)
+
+
+def _cpu_cases(quick: bool) -> Iterator[Case]:
+    twice = {"eager": (harness.times_faster_than(2.0, "hf_eager"),)}
+    five_times = {"eager": (harness.times_faster_than(5.0, "hf_eager"),)}
+    for key_heads, value_heads in [(16, 16)] if quick else [(16, 16), (16, 32)]:
+        for tokens in [256] if quick else [1024, 4096]:
+            for direction in ("forward", "backward"):
+                yield Case(
+                    "gated_delta_rule", direction, 1, tokens, key_heads, value_heads, modes=("eager",), bars=twice
+                )
+        for batch in [1] if quick else [1, 4]:
+            yield Case(
+                "gated_delta_step", "forward", batch, 1, key_heads, value_heads, modes=("eager",), bars=five_times
+            )
+        for direction in ("forward", "backward"):
+            yield Case("gdn_gates", direction, 1, 1024, key_heads, value_heads, modes=("eager",), bars=twice)
+
+
+def _reference(op: str) -> Op:
+    if op == "gdn_gates":
+        return lambda t: reference.gdn_gates(t["a"], t["b"], t["A_log"], t["dt_bias"])
+    if op == "gated_delta_rule":
+        return lambda t: reference.gated_delta_rule(*(t[name] for name in INPUTS), l2norm_qk=True)
+    return lambda t: reference.gated_delta_step(*(t[name] for name in INPUTS), t["state"], l2norm_qk=True)
+
+
+def _tuple(value: object) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+FAMILY = harness.Family(("gdn_gates", "gated_delta_rule", "gated_delta_step"), SUBJECT, PACKAGES, run)

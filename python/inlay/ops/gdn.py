@@ -1,0 +1,450 @@
+"""The gated delta rule of Gated DeltaNet layers, over whole sequences and token by token, and its gates.
+
+Per sequence and value head, with a state S of [K, V] that starts from ``initial_state`` or zeros, in float32 (float64
+for float64 input):
+
+    S <- exp(g_t) S
+    u  = beta_t (v_t - S^T k_t)          what the state lacks to answer v_t when asked for k_t
+    S <- S + k_t u^T
+    o_t = scale S^T q_t
+
+Sequences are worked on in chunks of 64 tokens, as matrix products; only the state goes from chunk to chunk. Decays are
+exponentials of differences of cumulated log decays, never ratios of exponentials, so that no gate overflows, however
+strong; each chunk's triangular system is inverted by forward substitution, which keys that resemble each other do not
+upset. A gate of -inf forgets everything. NaN in a gate, a key or a value makes its head's later outputs and final state
+NaN, and may make earlier ones of its chunk NaN.
+
+Value heads share key heads in groups: value head h uses key head ``h // (Hv / Hk)``.
+
+Sources: Gated DeltaNet https://arxiv.org/abs/2412.06464, the chunked form https://arxiv.org/abs/2406.06484, and
+``torch_chunk_gated_delta_rule`` and ``torch_recurrent_gated_delta_rule`` in transformers' Qwen3-Next and Qwen3.5.
+
+Shapes: q and k [B, T, Hk, K], v [B, T, Hv, V], g and beta [B, T, Hv], states [N, Hv, K, V] with N sequences. Hv is a
+multiple of Hk; K and V are multiples of 8 up to 256 and may differ. q, k and v may be strided (slices of a packed
+projection are read in place); their last dimension must have stride 1. Outputs are contiguous.
+
+Dtypes: q, k and v alike float32, bfloat16 or float16 (float64 on the CPU); g float32; beta float32 or q's; states
+float32, or bfloat16 at half the memory. With float64 q everything is float64.
+
+Raises ``TypeError`` for a non-tensor and ``ValueError`` for a wrong dtype, shape, device or stride, naming the
+argument.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from inlay import _load, reference
+from inlay.ops import _checks as checks
+from inlay.ops._autograd import Function
+
+
+class Mode(IntEnum):
+    """Mirrors ``inlay::gdn::Mode`` in csrc/gdn/params.h."""
+
+    AUTO = 0
+    CHUNK = 1
+    RECURRENT = 2
+
+
+_MODE = {mode.name.lower(): int(mode) for mode in Mode}
+_MAX_HEAD_DIM = 256
+_HEAD_DIM_MULTIPLE = 8
+_MAX_STEP_TOKENS = 16
+
+_ops = _load.namespace()
+_gdn_gates = _ops.gdn_gates.default
+_gdn_gates_bwd = _ops.gdn_gates_bwd.default
+_rule = _ops.gated_delta_rule.default
+_rule_bwd = _ops.gated_delta_rule_bwd.default
+_step = _ops.gated_delta_step.default
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the ops have kernels on x's device; where not, the public functions are the reference.
+
+    This is the one place that knows: with CUDA kernels it goes, and its uses with it.
+    """
+    return x.device.type != "cuda"
+
+
+def gdn_gates(
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    beta_scale: float = 1.0,
+    beta_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gates of a Gated DeltaNet layer: ``g = -exp(A_log) softplus(a + dt_bias)``, ``beta = beta_scale sigmoid(b)``.
+
+    Args:
+        a, b: [..., Hv], projections of the hidden states; of any dtype, float64 together.
+        A_log, dt_bias: [Hv].
+        beta_scale: 2.0 where a layer allows negative eigenvalues (OLMo-Hybrid).
+        beta_dtype: None is b's dtype, as in Hugging Face's layers; float32 keeps the digits of the sigmoid.
+
+    Returns:
+        g: [..., Hv], the log decay, <= 0, float32 (float64 for float64 a); and beta: [..., Hv] in ``beta_dtype``.
+        Both contiguous, computed in float32 and rounded once. Differentiable in all four tensors.
+
+    Raises:
+        TypeError, ValueError: see the module's docstring.
+    """
+    try:
+        if not _has_kernels(a):
+            _check_gates(a, b, A_log, dt_bias, beta_dtype)
+            return reference.gdn_gates(a, b, A_log, dt_bias, beta_scale=beta_scale, beta_dtype=beta_dtype)
+        arguments = (a, b, A_log, dt_bias, beta_scale, b.dtype if beta_dtype is None else beta_dtype)
+        if checks.needs_grad(a, b, A_log, dt_bias):
+            return _GdnGates.apply(*arguments)
+        return _gdn_gates(*arguments)
+    except Exception:
+        _check_gates(a, b, A_log, dt_bias, beta_dtype)
+        raise
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    l2norm_qk: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mode: str = "auto",
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The gated delta rule over sequences, see the module's docstring for the formula.
+
+    Args:
+        q, k: [B, T, Hk, K].
+        v: [B, T, Hv, V].
+        g: [B, T, Hv], log decay, <= 0.
+        beta: [B, T, Hv], how much of what the state lacks is written: 0 to 1, or up to 2.
+        scale: of q; None is ``K ** -0.5``.
+        initial_state: [N, Hv, K, V] or None (zeros); N is B, or the number of packed sequences.
+        output_final_state: whether to return the states after the last tokens.
+        l2norm_qk: divide each row of q and k by ``sqrt(sum of squares + 1e-6)`` first, in float32.
+        cu_seqlens: [N + 1] int32 or int64 on q's device: token offsets of sequences packed into the one batch row
+            (B = 1), from 0 to T, not decreasing; sequences may be empty. Each starts from its own initial state, so
+            nothing leaks from one into the next. Values are checked on the CPU alone: elsewhere that would wait for
+            the device.
+        mode: ``"chunk"``, ``"recurrent"`` (token by token, for few tokens), or ``"auto"``: whichever is faster for each
+            sequence's length. They agree to rounding; gradients are the same.
+        state_dtype: of the final state; None is initial_state's dtype, or float32 without one.
+
+    Returns:
+        o: [B, T, Hv, V] in q's dtype; with ``output_final_state`` also the final state, [N, Hv, K, V].
+
+    Differentiable in q, k, v, g, beta and initial_state, from the gradients of o and of the final state.
+
+    Raises:
+        TypeError, ValueError: see the module's docstring.
+    """
+    try:
+        if not _has_kernels(q):
+            _check_rule("gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, mode, state_dtype)
+            return reference.gated_delta_rule(
+                q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+                l2norm_qk=l2norm_qk, cu_seqlens=cu_seqlens, mode=mode, state_dtype=state_dtype,
+            )  # fmt: skip
+        if state_dtype is None:
+            state_dtype = _wide_dtype(q) if initial_state is None else initial_state.dtype
+        arguments = (
+            q, k, v, g, beta, initial_state, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, l2norm_qk,
+            output_final_state, state_dtype, _MODE[mode],
+        )  # fmt: skip
+        if checks.needs_grad(q, k, v, g, beta, initial_state):
+            o, final_state = _GatedDeltaRule.apply(*arguments)
+        else:
+            o, final_state = _rule(*arguments)
+        return (o, final_state) if output_final_state else o
+    except Exception:
+        _check_rule("gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, mode, state_dtype)
+        raise
+
+
+def gated_delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    l2norm_qk: bool = False,
+    states_out: Tensor | None = None,
+) -> Tensor:
+    """The gated delta rule for 1 to 16 tokens of each sequence, on states that are updated in place: decoding.
+
+    Args:
+        q, k, v, g, beta, scale, l2norm_qk: as for :func:`gated_delta_rule`, with 1 <= T <= 16.
+        state: [B, Hv, K, V], float32 or bfloat16, each [Hv, K, V] of it dense; overwritten by the state after the last
+            token. Between the tokens of a call it is float32.
+        states_out: [B, T, Hv, K, V] in state's dtype, contiguous, or None: receives the state after each token, to
+            return to when speculated tokens are rejected.
+
+    Returns:
+        o: [B, T, Hv, V] in q's dtype. Not differentiable, and refused where a gradient is wanted:
+        ``gated_delta_rule(mode="recurrent")`` computes the same.
+
+    Raises:
+        TypeError, ValueError: see the module's docstring.
+    """
+    try:
+        if checks.needs_grad(q, k, v, g, beta, state):
+            raise ValueError(
+                "gated_delta_step: q, k, v, g, beta and state must not require gradients, as the state is overwritten;"
+                ' use gated_delta_rule(mode="recurrent"), or torch.no_grad()'
+            )
+        if not _has_kernels(q):
+            _check_step(q, k, v, g, beta, state, states_out)
+            return reference.gated_delta_step(
+                q, k, v, g, beta, state, scale=scale, l2norm_qk=l2norm_qk, states_out=states_out
+            )
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return _step(q, k, v, g, beta, state, states_out, scale, l2norm_qk)
+    except Exception:
+        _check_step(q, k, v, g, beta, state, states_out)
+        raise
+
+
+class _GdnGates(Function):
+    """Saves the inputs alone; the gates are recomputed in the backward."""
+
+    @staticmethod
+    def forward(a, b, A_log, dt_bias, beta_scale, beta_dtype):  # type: ignore[override]
+        return _gdn_gates(a, b, A_log, dt_bias, beta_scale, beta_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *tensors, beta_scale, _beta_dtype = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.beta_scale = beta_scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dg: Tensor, dbeta: Tensor):  # type: ignore[override]
+        needs_log, needs_bias = ctx.needs_input_grad[2:4]
+        da, db, dlog, dbias = _gdn_gates_bwd(
+            checks.dense_gradient(dg), checks.dense_gradient(dbeta), *ctx.saved_tensors, ctx.beta_scale,
+            needs_log or needs_bias,
+        )  # fmt: skip
+        return da, db, dlog if needs_log else None, dbias if needs_bias else None, None, None
+
+
+class _GatedDeltaRule(Function):
+    """Saves the inputs alone; the backward recomputes the chunks' states."""
+
+    @staticmethod
+    def forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk, output_final_state, state_dtype, mode):  # type: ignore[override]
+        return _rule(
+            q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk, output_final_state, state_dtype, mode
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *tensors, scale, l2norm_qk, output_final_state, _state_dtype, _mode = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        if not output_final_state:
+            ctx.mark_non_differentiable(output[1])
+        ctx.constants = scale, l2norm_qk, output_final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None):  # type: ignore[override]
+        q, k, v, g, beta, initial_state, cu_seqlens = ctx.saved_tensors
+        scale, l2norm_qk, output_final_state = ctx.constants
+        if not output_final_state:  # a traced graph hands over a gradient of the empty tensor in its place
+            dfinal_state = None
+        if do is None and dfinal_state is None:
+            return (None,) * 12
+        do = v.new_zeros(v.shape) if do is None else do if do.stride(-1) == 1 else do.contiguous()
+        if dfinal_state is not None:
+            dfinal_state = dfinal_state.contiguous()
+        needs_dinitial_state = ctx.needs_input_grad[5]
+        *gradients, dinitial_state = _rule_bwd(
+            do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk, needs_dinitial_state
+        )
+        return *gradients, dinitial_state if needs_dinitial_state else None, *[None] * 6
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, beta_dtype: torch.dtype | None) -> None:
+    op = "gdn_gates"
+    checks.activations(op, "a", a)
+    allowed = (torch.float64,) if a.dtype == torch.float64 else checks.HALVES_AND_FLOAT32
+    checks.like(op, "b", b, a, dtypes=allowed, of="a")
+    for name, tensor in {"A_log": A_log, "dt_bias": dt_bias}.items():
+        checks.given(op, name, tensor)
+        checks.vector(op, name, tensor, a, of="a")
+    checks.dtype(op, "beta_dtype", b.dtype if beta_dtype is None else beta_dtype, allowed)
+
+
+def _check_rule(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mode: str,
+    state_dtype: torch.dtype | None,
+) -> None:
+    _check_tokens(op, q, k, v, g, beta)
+    checks.choice(op, "mode", mode, _MODE)
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        _check_offsets(op, cu_seqlens, q)
+        sequences = cu_seqlens.shape[0] - 1
+    allowed = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+    if initial_state is not None:
+        _check_state(op, "initial_state", initial_state, q, v, (sequences,))
+    if state_dtype is not None:
+        checks.dtype(op, "state_dtype", state_dtype, allowed)
+
+
+def _check_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, states_out: Tensor | None
+) -> None:
+    op = "gated_delta_step"
+    _check_tokens(op, q, k, v, g, beta)
+    batch, tokens = q.shape[:2]
+    if not 1 <= tokens <= _MAX_STEP_TOKENS:
+        raise ValueError(f"{op}: q must have 1 to {_MAX_STEP_TOKENS} tokens, got {tokens}")
+    _check_state(op, "state", state, q, v, (batch,))
+    if not state[0:1].is_contiguous() or (batch > 1 and state.stride(0) < state[0].numel()):
+        raise ValueError(
+            f"{op}: state must not overlap itself: a dense [Hv, K, V] for each of the batch, got strides"
+            f" {list(state.stride())}"
+        )
+    if states_out is not None:
+        _check_state(op, "states_out", states_out, q, v, (batch, tokens))
+        checks.dtype(op, "states_out", states_out.dtype, (state.dtype,))
+        if not states_out.is_contiguous():
+            raise ValueError(f"{op}: states_out must be contiguous, got strides {list(states_out.stride())}")
+
+
+def _check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
+    checks.activations(op, "q", q)
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q must have shape [B, T, Hk, K], got {list(q.shape)}")
+    checks.like(op, "k", k, q, dtypes=(q.dtype,), of="q")
+    checks.activations(op, "v", v)
+    if v.dim() != 4 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"{op}: v must have shape [B, T, Hv, V] with q's B and T {list(q.shape)}, got {list(v.shape)}")
+    checks.dtype(op, "v", v.dtype, (q.dtype,))
+    checks.on_device(op, "v", v, q, of="q")
+    if q.shape[2] < 1 or v.shape[2] < 1 or v.shape[2] % q.shape[2]:
+        raise ValueError(f"{op}: v must have a multiple of q's heads {q.shape[2]}, got {v.shape[2]}")
+    for name, tensor in {"q": q, "v": v}.items():
+        width = tensor.shape[3]
+        if not 1 <= width <= _MAX_HEAD_DIM or width % _HEAD_DIM_MULTIPLE:
+            raise ValueError(
+                f"{op}: {name} must have a multiple of {_HEAD_DIM_MULTIPLE} up to {_MAX_HEAD_DIM} in its last"
+                f" dimension, got {width}"
+            )
+    for name, tensor, dtypes in (("g", g, {_wide_dtype(q)}), ("beta", beta, {q.dtype, _wide_dtype(q)})):
+        checks.given(op, name, tensor)
+        if tensor.shape != v.shape[:3]:
+            raise ValueError(f"{op}: {name} must have shape {list(v.shape[:3])} (B, T, Hv), got {list(tensor.shape)}")
+        checks.dtype(op, name, tensor.dtype, tuple(dtypes))
+        checks.on_device(op, name, tensor, q, of="q")
+
+
+def _check_state(op: str, name: str, state: Tensor, q: Tensor, v: Tensor, leading: tuple[int, ...]) -> None:
+    checks.given(op, name, state)
+    shape = [*leading, v.shape[2], q.shape[3], v.shape[3]]
+    if list(state.shape) != shape:
+        axes = "N, Hv, K, V" if len(leading) == 1 else "B, T, Hv, K, V"
+        raise ValueError(f"{op}: {name} must have shape {shape} ({axes}), got {list(state.shape)}")
+    allowed = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+    checks.dtype(op, name, state.dtype, allowed)
+    checks.on_device(op, name, state, q, of="q")
+    if state.numel() > 0 and not (state.stride(-1) == 1 and state.stride(-2) == state.shape[-1]):
+        raise ValueError(
+            f"{op}: {name} must have dense matrices [K, V], got strides {list(state.stride())};"
+            " call .contiguous() first"
+        )
+
+
+def _check_offsets(op: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    checks.given(op, "cu_seqlens", cu_seqlens)
+    checks.dtype(op, "cu_seqlens", cu_seqlens.dtype, (torch.int32, torch.int64))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: cu_seqlens must have shape [N + 1], got {list(cu_seqlens.shape)}")
+    if not cu_seqlens.is_contiguous():
+        raise ValueError(f"{op}: cu_seqlens must be contiguous, got strides {list(cu_seqlens.stride())}")
+    if q.shape[0] != 1:
+        raise ValueError(f"{op}: q must have a batch of 1 with cu_seqlens, got {q.shape[0]}")
+    checks.on_device(op, "cu_seqlens", cu_seqlens, q, of="q")
+    if cu_seqlens.device.type == "cpu":
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != q.shape[1] or offsets != sorted(offsets):
+            raise ValueError(
+                f"{op}: cu_seqlens must not decrease and lead from 0 to the number of tokens {q.shape[1]},"
+                f" got {offsets}"
+            )
+
+
+@torch.library.register_fake("inlay::gdn_gates")
+def _(a, b, A_log, dt_bias, beta_scale, beta_dtype):
+    checks.same_device(a, b, A_log, dt_bias)
+    return a.new_empty(a.shape, dtype=_wide_dtype(a)), a.new_empty(a.shape, dtype=beta_dtype)
+
+
+@torch.library.register_fake("inlay::gdn_gates_bwd")
+def _(dg, dbeta, a, b, A_log, dt_bias, beta_scale, needs_vectors):
+    checks.same_device(a, b, A_log, dt_bias, dg, dbeta)
+    vectors = (A_log, dt_bias)
+    return (
+        a.new_empty(a.shape),
+        b.new_empty(b.shape),
+        *(a.new_empty(a.shape[-1:] if needs_vectors else (0,), dtype=vector.dtype) for vector in vectors),
+    )
+
+
+@torch.library.register_fake("inlay::gated_delta_rule")
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk, output_final_state, state_dtype, mode):
+    checks.same_device(q, k, v, g, beta, initial_state, cu_seqlens)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (sequences, v.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
+    return q.new_empty(v.shape), q.new_empty(shape, dtype=state_dtype)
+
+
+@torch.library.register_fake("inlay::gated_delta_rule_bwd")
+def _(
+    dout, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm_qk, needs_dinitial_state
+):  # fmt: skip
+    checks.same_device(q, k, v, g, beta, dout, dfinal_state, initial_state, cu_seqlens)
+    dinitial_state = (
+        initial_state.new_empty(initial_state.shape)
+        if needs_dinitial_state
+        else q.new_empty((0,), dtype=_wide_dtype(q) if initial_state is None else initial_state.dtype)
+    )
+    dg, dbeta = g.new_empty(g.shape), beta.new_empty(beta.shape)
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(v.shape), dg, dbeta, dinitial_state
+
+
+@torch.library.register_fake("inlay::gated_delta_step")
+def _(q, k, v, g, beta, state, states_out, scale, l2norm_qk):
+    checks.same_device(q, k, v, g, beta, state, states_out)
+    return q.new_empty(v.shape)

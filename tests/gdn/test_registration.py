@@ -1,0 +1,208 @@
+"""Are the raw ops registered as torch wants them, and do the public functions compile, export and stay in one graph?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import inlay
+from inlay.ops import gdn as ops
+from tests.gdn.cases import LEAVES, Case, Tensors, gradients, random_like
+from tests.support.compare import assert_same_bits
+
+BF16, F32 = torch.bfloat16, torch.float32
+AUTO, CHUNK, RECURRENT = (int(mode) for mode in ops.Mode)
+
+
+def _gate_tensors(device: str) -> Iterator[tuple[torch.Tensor, ...]]:
+    for dtype in (F32, BF16):
+        a, b = torch.randn(2, 5, 16, device=device).to(dtype).split(8, -1)
+        yield a, b, torch.randn(8, device=device).to(dtype), torch.randn(8, device=device)
+
+
+def _gates_cases(device: str) -> Iterator[tuple[Any, ...]]:
+    for tensors in _gate_tensors(device):
+        yield *tensors, 1.0, tensors[1].dtype
+        yield *tensors, 2.0, F32
+
+
+def _gates_backward_cases(device: str) -> Iterator[tuple[Any, ...]]:
+    for tensors in _gate_tensors(device):
+        dg, dbeta = (torch.randn(2, 5, 8, device=device) for _ in range(2))
+        for needs_vectors in (True, False):
+            yield dg, dbeta.to(tensors[1].dtype), *tensors, 1.0, needs_vectors
+
+
+def _inputs(device: str) -> Iterator[tuple[Any, ...]]:
+    """q, k, v, g, beta, initial_state, cu_seqlens."""
+    case = Case(tokens=20, value_heads=4, key_dim=16, value_dim=24)
+    yield *case.inputs(F32, device).values(), None
+    tensors = case.inputs(BF16, device)
+    yield *(tensors[name] for name in LEAVES[:5]), None, None
+    packed = Case(tokens=20, batch=1, key_dim=16, value_dim=16).inputs(BF16, device)
+    state = torch.randn(3, 2, 16, 16, device=device).to(BF16)
+    offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32, device=device)
+    yield *(packed[name] for name in LEAVES[:5]), state, offsets
+    sliced = torch.randn(2, 20, 3, 2, 16, device=device).unbind(2)
+    yield *sliced, tensors["g"][..., :2], tensors["beta"][..., :2].float(), None, None
+
+
+def _rule_cases(device: str) -> Iterator[tuple[Any, ...]]:
+    for tensors in _inputs(device):
+        yield *tensors, 0.25, True, True, F32, AUTO
+        yield *tensors, 0.25, False, False, BF16, CHUNK
+
+
+def _rule_backward_cases(device: str) -> Iterator[tuple[Any, ...]]:
+    for q, k, v, g, beta, state, offsets in _inputs(device):
+        o, final_state = ops._rule(q, k, v, g, beta, state, offsets, 0.25, True, True, F32, RECURRENT)
+        needed = state is not None
+        yield torch.randn_like(o), None, q, k, v, g, beta, state, offsets, 0.25, False, False
+        yield torch.randn_like(o), final_state, q, k, v, g, beta, state, offsets, 0.25, True, needed
+
+
+def _step_cases(device: str) -> Iterator[tuple[Any, ...]]:
+    case = Case(tokens=3, value_heads=4, key_dim=16, value_dim=24)
+    tensors = list(case.inputs(BF16, device).values())
+    yield *tensors, None, 0.25, True
+    yield *tensors, torch.empty(2, 3, 4, 16, 24, device=device), 0.25, False
+
+
+# Every raw op's argument lists, for opcheck; a test of the whole package holds its keys to the registered ops.
+OPCHECK_CASES = {
+    "gdn_gates": _gates_cases,
+    "gdn_gates_bwd": _gates_backward_cases,
+    "gated_delta_rule": _rule_cases,
+    "gated_delta_rule_bwd": _rule_backward_cases,
+    "gated_delta_step": _step_cases,
+}
+
+
+@pytest.mark.parametrize("op", OPCHECK_CASES)
+def test_opcheck(op, device):
+    """Schema against behaviour, autograd registration, fake against real, and tracing with dynamic shapes."""
+    for arguments in OPCHECK_CASES[op](device):
+        torch.library.opcheck(getattr(torch.ops.inlay, op).default, arguments)
+
+
+def test_mode_is_that_of_the_native_side():
+    native = pytest.importorskip("inlay._native", reason="built without pybind11")
+    assert native.gdn_enums() == {mode.name: int(mode) for mode in ops.Mode}
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch._dynamo.config.patch(error_on_recompile=True)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_compiles_in_one_graph_and_once_for_all_sizes(packed, device):
+    """Forward and backward of the traced graph, with a second and a third number of tokens and sequences."""
+    case = Case(options={"l2norm_qk": True})
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(**tensors):
+        return case.run(inlay, tensors)
+
+    for tokens, sequences in ((70, 3), (9, 2), (130, 5)):
+        tensors = Case(tokens=tokens, batch=1 if packed else sequences).inputs(BF16, device)
+        if packed:
+            tensors["initial_state"] = torch.randn(sequences, 2, 32, 32, device=device)
+            tensors["cu_seqlens"] = torch.linspace(0, tokens, sequences + 1, device=device).int()
+        leaves = {name: t.requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+        outputs, expected = compiled(**leaves), case.run(inlay, leaves)
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert_same_bits(output, wanted, "output")
+        douts = random_like(outputs)
+        wanted_grads = gradients(case, inlay, tensors, douts)
+        grads = torch.autograd.grad(outputs, [leaves[name] for name in wanted_grads], douts)
+        for (name, wanted), grad in zip(wanted_grads.items(), grads, strict=True):
+            assert_same_bits(grad, wanted, f"d{name}")
+
+
+def _layer(a: torch.Tensor, b: torch.Tensor, vectors: list[torch.Tensor], tensors: Tensors) -> torch.Tensor:
+    g, beta = inlay.gdn_gates(a, b, *vectors)
+    return inlay.gated_delta_rule(tensors["q"].tanh(), tensors["k"], tensors["v"], g, beta, l2norm_qk=True).square()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_inductor(device):
+    """Between operations that Inductor fuses itself, gates included."""
+    tensors = {name: t.requires_grad_() for name, t in Case(tokens=70).inputs(F32, device).items()}
+    a, b = (torch.randn(2, 70, 2, device=device, requires_grad=True) for _ in range(2))
+    vectors = [torch.zeros(2, device=device, requires_grad=True) for _ in range(2)]
+    leaves = [a, b, *vectors, tensors["q"], tensors["k"], tensors["v"]]
+    expected = _layer(a, b, vectors, tensors)
+    actual = torch.compile(_layer, fullgraph=True)(a, b, vectors, tensors)
+    torch.testing.assert_close(actual, expected)
+    for grad, wanted in zip(
+        torch.autograd.grad(actual.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_updates_its_state(backend, device):
+    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    case = Case(tokens=1)
+    tensors = case.inputs(BF16, device)
+
+    def step(q, k, v, g, beta, state):
+        return inlay.gated_delta_step(q * 2, k, v, g, beta, state, l2norm_qk=True) + 1
+
+    arguments = [tensors[name] for name in LEAVES[:5]]
+    state, expected_state = (tensors["initial_state"].clone() for _ in range(2))
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for _ in range(3):
+        expected = step(*arguments, expected_state)
+        torch.testing.assert_close(compiled(*arguments, state), expected, rtol=0.01, atol=0.01)
+        assert_same_bits(state, expected_state, "state")
+
+
+class Layer(torch.nn.Module):
+    def forward(self, q, k, v, g, beta):
+        return inlay.gated_delta_rule(q, k, v, g, beta, output_final_state=True)
+
+
+def test_export(device):
+    example = tuple(Case(tokens=20, with_state=False).inputs(F32, device).values())
+    tokens = torch.export.Dim("tokens", min=2)
+    with torch.no_grad():
+        program = torch.export.export(Layer(), example, dynamic_shapes=({1: tokens},) * 5)
+        assert any("inlay.gated_delta_rule" in str(node.target) for node in program.graph.nodes)
+        inputs = tuple(Case(tokens=77, with_state=False).inputs(F32, device).values())
+        for actual, wanted in zip(program.module()(*inputs), Layer()(*inputs), strict=True):
+            assert_same_bits(actual, wanted, "exported")
+
+
+def test_fake_tensors_have_the_real_form(device):
+    case = Case(value_heads=4, value_dim=48)
+    tensors = case.inputs(BF16, device)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = case.run(inlay, {name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
+    for fake, real in zip(fakes, case.run(inlay, tensors), strict=True):
+        assert (fake.shape, fake.dtype, fake.stride(), fake.device) == (
+            real.shape, real.dtype, real.stride(), real.device,
+        )  # fmt: skip
+
+
+def test_functional_grad(device):
+    tensors = Case(tokens=20, with_state=False).inputs(F32, device)
+
+    def loss(v):
+        return inlay.gated_delta_rule(**{**tensors, "v": v}).sin().sum()
+
+    leaf = tensors["v"].clone().requires_grad_()
+    loss(leaf).backward()
+    assert_same_bits(torch.func.grad(loss)(tensors["v"]), leaf.grad, "dv")
