@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import pytest
-import torch
+
+from tests.support.devices import has_kernel
 
 
 @pytest.fixture
-def device(device: str) -> str:
-    """The devices with kernels: elsewhere the public functions are the reference, and prove nothing."""
-    if device == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("inlay::gated_delta_rule", "CUDA"):
-        pytest.skip("the gated delta rule has no CUDA kernels yet")
+def device(request: pytest.FixtureRequest, device: str) -> str:
+    """The devices with a kernel for the module's ``OP``: elsewhere the public function is the reference."""
+    op = getattr(request.module, "OP", "gated_delta_rule")
+    if not has_kernel(op, device):
+        pytest.skip(f"{op} has no kernel for {device} yet")
     return device

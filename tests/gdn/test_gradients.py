@@ -10,6 +10,8 @@ from tests.gdn.cases import BASIC, GATES, HARD, LENGTHS, SHAPES, Case, check_gra
 from tests.support.compare import assert_same_bits
 from tests.support.devices import HALVES, poison_free_memory
 
+OP = "gated_delta_rule_bwd"
+
 DTYPES = [torch.float32, *HALVES]
 
 

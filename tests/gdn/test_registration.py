@@ -14,6 +14,8 @@ from inlay.ops import gdn as ops
 from tests.gdn.cases import LEAVES, Case, Tensors, gradients, random_like
 from tests.support.compare import assert_same_bits
 
+OP = "gated_delta_rule_bwd"
+
 BF16, F32 = torch.bfloat16, torch.float32
 AUTO, CHUNK, RECURRENT = (int(mode) for mode in ops.Mode)
 

@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inlay import _load, reference
 from inlay.ops import _checks as checks
@@ -65,12 +64,12 @@ _rule_bwd = _ops.gated_delta_rule_bwd.default
 _step = _ops.gated_delta_step.default
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """Whether the ops have kernels on x's device; where not, the public functions are the reference.
+def _has_backward(q: Tensor) -> bool:
+    """Whether the rule's backward has a kernel on q's device; where not, what needs gradients is the reference.
 
-    This is the one place that knows: with CUDA kernels it goes, and its uses with it.
+    This is the one place that knows: with a CUDA kernel it goes, and its use with it.
     """
-    return x.device.type != "cuda"
+    return q.device.type != "cuda"
 
 
 def gdn_gates(
@@ -98,9 +97,6 @@ def gdn_gates(
         TypeError, ValueError: see the module's docstring.
     """
     try:
-        if not _has_kernels(a):
-            _check_gates(a, b, A_log, dt_bias, beta_dtype)
-            return reference.gdn_gates(a, b, A_log, dt_bias, beta_scale=beta_scale, beta_dtype=beta_dtype)
         arguments = (a, b, A_log, dt_bias, beta_scale, b.dtype if beta_dtype is None else beta_dtype)
         if checks.needs_grad(a, b, A_log, dt_bias):
             return _GdnGates.apply(*arguments)
@@ -153,7 +149,8 @@ def gated_delta_rule(
         TypeError, ValueError: see the module's docstring.
     """
     try:
-        if not _has_kernels(q):
+        needs_grad = checks.needs_grad(q, k, v, g, beta, initial_state)
+        if needs_grad and not _has_backward(q):
             _check_rule("gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, mode, state_dtype)
             return reference.gated_delta_rule(
                 q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
@@ -165,7 +162,7 @@ def gated_delta_rule(
             q, k, v, g, beta, initial_state, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, l2norm_qk,
             output_final_state, state_dtype, _MODE[mode],
         )  # fmt: skip
-        if checks.needs_grad(q, k, v, g, beta, initial_state):
+        if needs_grad:
             o, final_state = _GatedDeltaRule.apply(*arguments)
         else:
             o, final_state = _rule(*arguments)
@@ -209,11 +206,6 @@ def gated_delta_step(
                 "gated_delta_step: q, k, v, g, beta and state must not require gradients, as the state is overwritten;"
                 ' use gated_delta_rule(mode="recurrent"), or torch.no_grad()'
             )
-        if not _has_kernels(q):
-            _check_step(q, k, v, g, beta, state, states_out)
-            return reference.gated_delta_step(
-                q, k, v, g, beta, state, scale=scale, l2norm_qk=l2norm_qk, states_out=states_out
-            )
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return _step(q, k, v, g, beta, state, states_out, scale, l2norm_qk)
     except Exception:
@@ -235,7 +227,6 @@ class _GdnGates(Function):
         ctx.beta_scale = beta_scale
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dg: Tensor, dbeta: Tensor):  # type: ignore[override]
         needs_log, needs_bias = ctx.needs_input_grad[2:4]
         da, db, dlog, dbias = _gdn_gates_bwd(
@@ -264,7 +255,6 @@ class _GatedDeltaRule(Function):
         ctx.constants = scale, l2norm_qk, output_final_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None):  # type: ignore[override]
         q, k, v, g, beta, initial_state, cu_seqlens = ctx.saved_tensors
         scale, l2norm_qk, output_final_state = ctx.constants

@@ -1,0 +1,69 @@
+// Bindings of the gated delta rule, forward and step by step: check, allocate, fill parameters, launch.
+#include <torch/csrc/stable/library.h>
+
+#include "common/device.h"
+#include "gdn/inputs.h"
+
+namespace inlay::gdn {
+namespace {
+
+std::tuple<Tensor, Tensor> gated_delta_rule(const Tensor& q_tensor, const Tensor& k, const Tensor& v, const Tensor& g,
+                                            const Tensor& beta, const OptionalTensor& initial_state,
+                                            const OptionalTensor& cu_seqlens, double scale, bool l2norm_qk,
+                                            bool output_final_state, ScalarType state_dtype, int64_t mode) {
+  const char* op = "gated_delta_rule";
+  const TensorInfo q(op, "q", q_tensor);
+  ForwardParams params;
+  params.inputs = checked_inputs(q, {q_tensor, k, v, g, beta}, initial_state, cu_seqlens, scale, l2norm_qk);
+  INLAY_CHECK(mode >= 0 && mode <= static_cast<int64_t>(Mode::recurrent), op, ": mode must be 0 to ",
+              static_cast<int64_t>(Mode::recurrent), ", got ", mode);
+  params.mode = static_cast<Mode>(mode);
+  const DType final_dtype = dtype_from(op, "state_dtype", state_dtype);
+  check_state_dtype(op, "state_dtype", final_dtype, q.dtype);
+
+  const LaunchScope scope(q);
+  Tensor o = empty_like({op, "v", v}, q.dtype);
+  params.o = output_tensor(o, q.dtype);
+  auto [final_state, state] = empty_states(output_final_state, final_dtype, params.inputs, q);
+  params.final_state = state;
+  forward(params, scope.stream());
+  return {o, final_state};
+}
+
+Tensor gated_delta_step(const Tensor& q_tensor, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                        const Tensor& state, const OptionalTensor& states_out, double scale, bool l2norm_qk) {
+  const char* op = "gated_delta_step";
+  const TensorInfo q(op, "q", q_tensor), state_info(op, "state", state);
+  StepParams params;
+  params.inputs = checked_inputs(q, {q_tensor, k, v, g, beta}, std::nullopt, std::nullopt, scale, l2norm_qk);
+  const Inputs& inputs = params.inputs;
+  const int64_t tokens = inputs.sequences.tokens, size = inputs.key_dim * inputs.value_dim;
+  INLAY_CHECK(tokens >= 1 && tokens <= kMaxStepTokens, op, ": q must have 1 to ", kMaxStepTokens, " tokens, got ",
+              tokens);
+  params.state = state_tensor(state_info, inputs, q);
+  INLAY_CHECK((params.state.head_stride == size || inputs.value_heads == 1) &&
+                  (params.state.sequence_stride >= inputs.value_heads * size || inputs.batch <= 1),
+              op, ": state must not overlap itself: a dense [Hv, K, V] for each of the batch");
+  if (states_out) {
+    const TensorInfo every(op, "states_out", *states_out);
+    check_shape(every, {inputs.batch, tokens, inputs.value_heads, inputs.key_dim, inputs.value_dim}, "B, T, Hv, K, V");
+    check_dtype(every, state_info.dtype, state_info.dtype);
+    check_same_device(every, q);
+    INLAY_CHECK(states_out->is_contiguous(), op, ": states_out must be contiguous");
+    params.states_out = output_tensor(*states_out, every.dtype);
+  }
+  const LaunchScope scope(q);
+  Tensor o = empty_like({op, "v", v}, q.dtype);
+  params.o = output_tensor(o, q.dtype);
+  step(params, scope.stream());
+  return o;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(inlay, INLAY_DISPATCH_KEY, m) {
+  m.impl("gated_delta_rule", TORCH_BOX(&gated_delta_rule));
+  m.impl("gated_delta_step", TORCH_BOX(&gated_delta_step));
+}
+
+}  // namespace inlay::gdn
