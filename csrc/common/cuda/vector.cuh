@@ -55,6 +55,8 @@ __device__ inline Packed<T, N> load(const T* source) {
     for (int i = 0; i < static_cast<int>(sizeof(packed) / 16); ++i) {
       reinterpret_cast<uint4*>(&packed)[i] = reinterpret_cast<const uint4*>(source)[i];
     }
+  } else if constexpr (sizeof(packed) == 8) {
+    *reinterpret_cast<uint2*>(&packed) = *reinterpret_cast<const uint2*>(source);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) packed.values[i] = source[i];
@@ -69,6 +71,8 @@ __device__ inline void store(T* target, const Packed<T, N>& packed) {
     for (int i = 0; i < static_cast<int>(sizeof(packed) / 16); ++i) {
       reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(&packed)[i];
     }
+  } else if constexpr (sizeof(packed) == 8) {
+    *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(&packed);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) target[i] = packed.values[i];
