@@ -102,7 +102,7 @@ def public_cases():
                 yield pytest.param(function, arguments, name, *bad, id=f"{function.__name__}-{name}-{bad[2][:40]}")
 
 
-@pytest.mark.parametrize(("function", "arguments", "name", "value", "error", "text"), public_cases())
+@pytest.mark.parametrize(("function", "arguments", "name", "value", "error", "text"), list(public_cases()))
 def test_public_functions(function, arguments, name, value, error, text):
     with pytest.raises(error, match=rf"^{function.__name__}: {name} .*{text}"):
         function(**{**arguments(), name: value})

@@ -7,7 +7,7 @@ namespace inlay::conv {
 
 // Work is cut into blocks of channels. With the channels innermost in memory a kernel walks through time, a block of
 // channels and a tile of tokens in the cache; with the tokens innermost it walks over channels, a tile at a time.
-constexpr int64_t kChannelBlock = 512;
+constexpr int64_t kChannelBlock = 256;
 constexpr int64_t kTokenTile = 64;
 constexpr int64_t kRowTile = 512;  // tokens, where these are innermost
 constexpr int64_t kSumBlock = 64;  // channels whose partial sums are added by one thread
@@ -35,8 +35,12 @@ struct RowScratch {
   Scalar dfinal_state[kRowTile];
 };
 
-constexpr int64_t kScratchBytes = sizeof(Scratch<double>) > sizeof(RowScratch<double>) ? sizeof(Scratch<double>)
-                                                                                       : sizeof(RowScratch<double>);
+template <class Scalar>
+constexpr int64_t scratch_bytes() {
+  return sizeof(Scratch<Scalar>) > sizeof(RowScratch<Scalar>) ? sizeof(Scratch<Scalar>) : sizeof(RowScratch<Scalar>);
+}
+// Beyond this the C library asks the system for memory at every call, and for every page of it once more.
+static_assert(scratch_bytes<float>() < 128 * 1024);
 
 struct Kernels {
   // Channels innermost: pieces [begin, end) of channel_blocks x batch x token_tiles. Tokens innermost: of batch x

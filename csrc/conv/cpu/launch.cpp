@@ -41,10 +41,11 @@ bool prepare_output(void* data, DType dtype, int64_t elements) {
 
 // Splits `pieces` of about `elements` each; body(begin, end, scratch) has memory of its own.
 template <class Body>
-void in_parallel(int64_t pieces, int64_t elements, Body body) {
+void in_parallel(DType dtype, int64_t pieces, int64_t elements, Body body) {
+  const int64_t bytes = dtype == DType::f64 ? scratch_bytes<double>() : scratch_bytes<float>();
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements));
   torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[kScratchBytes]);
+    const std::unique_ptr<char[]> scratch(new char[bytes]);
     body(begin, end, scratch.get());
   });
 }
@@ -55,7 +56,7 @@ int64_t block_elements(int64_t channels, int64_t tokens) { return std::min(chann
 template <class T>
 void copy_final_states(const ForwardParams& p) {
   const int64_t columns = p.width - 1;
-  in_parallel(p.sequences.count, p.channels * columns, [&](int64_t begin, int64_t end, char*) {
+  in_parallel(p.dtype, p.sequences.count, p.channels * columns, [&](int64_t begin, int64_t end, char*) {
     for (int64_t index = begin; index < end; ++index) {
       const Sequence sequence = p.sequences[index];
       const int64_t batch = p.sequences.batch_of(index);
@@ -85,7 +86,7 @@ void forward(const ForwardParams& p, void*) {
   const int64_t pieces = p.time_contiguous ? p.batch * p.channels : channel_blocks(p.channels) * tiles;
   const int64_t elements = p.time_contiguous ? p.time : block_elements(p.channels, kTokenTile);
   if (p.time > 0) {
-    in_parallel(pieces, elements,
+    in_parallel(p.dtype, pieces, elements,
                 [&](int64_t begin, int64_t end, char* scratch) { kernels.forward(p, begin, end, scratch, stream); });
   }
   if (!p.final_state.data) return;
@@ -111,24 +112,24 @@ void backward(const BackwardParams& p, void*) {
   const bool stream = prepare_output(p.dx.data, p.dtype, tokens * p.channels);
   const int64_t pieces = p.time_contiguous ? p.channels : channel_blocks(p.channels) * p.partial_rows;
   const int64_t elements = p.time_contiguous ? tokens : block_elements(p.channels, tokens / p.partial_rows);
-  in_parallel(pieces, elements,
+  in_parallel(p.dtype, pieces, elements,
               [&](int64_t begin, int64_t end, char* scratch) { kernels.backward(p, begin, end, scratch, stream); });
   if (p.dinitial_state.data) {
     const int64_t pieces = p.sequences.count * channel_blocks(p.channels);
-    in_parallel(pieces, block_elements(p.channels, p.width), [&](int64_t begin, int64_t end, char* scratch) {
+    in_parallel(p.dtype, pieces, block_elements(p.channels, p.width), [&](int64_t begin, int64_t end, char* scratch) {
       kernels.initial_state_gradient(p, begin, end, scratch);
     });
   }
   if (!p.partials) return;
   const int64_t blocks = (p.channels + kSumBlock - 1) / kSumBlock;
-  in_parallel(blocks, p.partial_rows * p.sums() * kSumBlock,
+  in_parallel(p.dtype, blocks, p.partial_rows * p.sums() * kSumBlock,
               [&](int64_t begin, int64_t end, char*) { kernels.sum_partials(p, begin, end); });
 }
 
 void step(const StepParams& p, void*) {
   const Kernels& kernels = kernels_for(p.dtype);
   const int64_t pieces = p.batch * channel_blocks(p.channels);
-  in_parallel(pieces, block_elements(p.channels, p.time),
+  in_parallel(p.dtype, pieces, block_elements(p.channels, p.time),
               [&](int64_t begin, int64_t end, char* scratch) { kernels.step(p, begin, end, scratch); });
 }
 
