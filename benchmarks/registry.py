@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import bench_norm
+from benchmarks import bench_conv, bench_norm
 from benchmarks.harness import Family
 
-FAMILIES: dict[str, Family] = {"norm": bench_norm.FAMILY}
+FAMILIES: dict[str, Family] = {"conv": bench_conv.FAMILY, "norm": bench_norm.FAMILY}
