@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardMinBlocks<T>)
                    float g[kLanes], result[kLanes];
                    gradient(next_x[i], next_dy[i], true, g);
                    input_gradients(g, result);
-                   store(dx + (t + i - kReach) * p.dx.time_stride, pack<T>(result));
+                   store_global(dx + (t + i - kReach) * p.dx.time_stride, pack<T>(result));
                  }
                  t += kBackwardStep;
                } else {  // around the ends of the run
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardMinBlocks<T>)
                    for (int lane = 0; lane < kLanes; ++lane) {
                      result[lane] += final_state_gradient(p, sequence, channel + lane, position);
                    }
-                   store(dx + position * p.dx.time_stride, pack<T>(result));
+                   store_global(dx + position * p.dx.time_stride, pack<T>(result));
                  }
                  ++t;
                }
@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardMinBlocks<T>)
   float* target = static_cast<float*>(p.partials) + group * p.sums() * p.channels + channel;
   if (p.dweight.data) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k, target += p.channels) store(target, pack<float>(dweight[k]));
+    for (int k = 0; k < kWidth; ++k, target += p.channels) store_global(target, pack<float>(dweight[k]));
   }
-  if (p.dbias.data) store(target, pack<float>(dbias));
+  if (p.dbias.data) store_global(target, pack<float>(dbias));
 }
 
 template <typename T>

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                unpack(packed, input);
                preactivations(weights, window, input, z);
                activate<T>(p.activation, p.rounds_preactivation, z);
-               store(target, pack<T>(z));
+               store_global(target, pack<T>(z));
                window.push(input);
              };
              for (; t + kForwardStep <= end; t += kForwardStep) {

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (t + kLanes <= sequence.end) {
         float dx[kLanes];
         whole(sequence, batch, t, dx);
-        store(target, pack<T>(dx));
+        store_global(target, pack<T>(dx));
       } else {
 #pragma unroll 1
         for (int j = 0; j < kLanes; ++j) {

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) z[i] = weights.preactivation(inputs + i);
     activate<T>(p.activation, p.rounds_preactivation, z);
-    store(y, pack<T>(z));
+    store_global(y, pack<T>(z));
   } else {  // tokens of several sequences
 #pragma unroll 1
     for (int i = 0; i < kLanes; ++i) {
