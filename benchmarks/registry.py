@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import bench_gdn, bench_norm
+from benchmarks import bench_conv, bench_gdn, bench_norm
 from benchmarks.harness import Family
 
-FAMILIES: dict[str, Family] = {"norm": bench_norm.FAMILY, "gdn": bench_gdn.FAMILY}
+FAMILIES: dict[str, Family] = {"conv": bench_conv.FAMILY, "gdn": bench_gdn.FAMILY, "norm": bench_norm.FAMILY}

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "common/cpu/isa.h"
+#include "conv/params.h"
 #include "gdn/params.h"
 #include "norm/params.h"
 
@@ -50,6 +51,16 @@ PYBIND11_MODULE(_native, m) {
         return enums;
       },
       "The integers that the norm ops take, for the test that holds Python's enums to them.");
+  m.def(
+      "conv_enums",
+      [] {
+        using namespace inlay::conv;
+        py::dict enums;
+        enums["NONE"] = static_cast<int>(Activation::none);
+        enums["SILU"] = static_cast<int>(Activation::silu);
+        return enums;
+      },
+      "The integers that the conv ops take, for the test that holds Python's enum to them.");
   m.def(
       "gdn_enums",
       [] {

@@ -22,6 +22,18 @@ STABLE_TORCH_LIBRARY(inlay, m) {
       "bool needs_dweight, bool needs_dbias) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
       "Tensor dbias)");
 
+  // conv. A final state is empty unless wanted.
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+      "int activation, bool wants_final_state) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_bwd(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? initial_state, Tensor? cu_seqlens, int activation, bool needs_dweight, bool needs_dbias, "
+      "bool needs_dinitial_state) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def(
+      "causal_conv1d_step(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, Tensor? state_indices, "
+      "int activation) -> Tensor");
+
   // gdn. What the backward needs are the inputs alone, so one op is the forward with and without gradients.
   m.def(
       "gdn_gates(Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, float beta_scale, ScalarType beta_dtype) -> "

@@ -25,4 +25,12 @@ template <class... Parts>
     if (!(condition)) fail(__VA_ARGS__); \
   } while (false)
 
+// The member of an enum that an integer argument names.
+template <class Enum>
+Enum enum_from(const char* op, const char* argument, int64_t value, Enum last) {
+  INLAY_CHECK(value >= 0 && value <= static_cast<int64_t>(last), op, ": ", argument, " must be 0 to ",
+              static_cast<int64_t>(last), ", got ", value);
+  return static_cast<Enum>(value);
+}
+
 }  // namespace inlay

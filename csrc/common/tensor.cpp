@@ -140,6 +140,30 @@ VectorTensor vector_tensor(const TensorInfo& tensor, const TensorInfo& reference
   return vector;
 }
 
+IndexTensor index_tensor(const char* op, const char* name, const Tensor& tensor, const TensorInfo& reference) {
+  const ScalarType scalar_type = tensor.scalar_type();
+  INLAY_CHECK(scalar_type == ScalarType::Int || scalar_type == ScalarType::Long, op, ": ", name,
+              " must be int32 or int64, got scalar type ", static_cast<int>(scalar_type));
+  INLAY_CHECK(tensor.dim() == 1, op, ": ", name, " must have 1 dimension, got ", tensor.dim());
+  const int64_t size = tensor.size(0);
+  INLAY_CHECK(size <= 1 || tensor.stride(0) == 1, op, ": ", name, " must have stride 1, got ", tensor.stride(0));
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device_index));
+  INLAY_CHECK(device_type == reference.device_type && device_index == reference.device_index, op, ": ", name,
+              " must be on ", reference.name, "'s device");
+  return {tensor.const_data_ptr(), size, scalar_type == ScalarType::Long};
+}
+
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype,
+                     const TensorInfo& reference) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(scalar_type_of(dtype)),
+                                                  reference.device_type, reference.device_index, &handle));
+  return Tensor(handle);
+}
+
 Tensor empty(const int64_t* sizes, int64_t dim, DType dtype, const TensorInfo& reference) {
   std::array<int64_t, kMaxDim> strides{};
   int64_t stride = 1;
@@ -147,11 +171,7 @@ Tensor empty(const int64_t* sizes, int64_t dim, DType dtype, const TensorInfo& r
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides.data(),
-                                                  static_cast<int32_t>(scalar_type_of(dtype)), reference.device_type,
-                                                  reference.device_index, &handle));
-  return Tensor(handle);
+  return empty_strided(sizes, strides.data(), dim, dtype, reference);
 }
 
 Tensor empty_like(const TensorInfo& reference, DType dtype) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/indices.h"
 #include "common/rows.h"
 
 namespace inlay {
@@ -53,7 +54,12 @@ RowTensor row_tensor(const TensorInfo& tensor);
 // A dense [width] of any dtype that may accompany `reference` (float64 goes with float64 alone).
 VectorTensor vector_tensor(const TensorInfo& tensor, const TensorInfo& reference);
 
-// A contiguous, uninitialised tensor on the device of `reference`.
+// A dense [N] of int32 or int64 on the device of `reference`.
+IndexTensor index_tensor(const char* op, const char* name, const Tensor& tensor, const TensorInfo& reference);
+
+// An uninitialised tensor on the device of `reference`; `empty` and `empty_like` make contiguous ones.
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype,
+                     const TensorInfo& reference);
 Tensor empty(const int64_t* sizes, int64_t dim, DType dtype, const TensorInfo& reference);
 Tensor empty_like(const TensorInfo& reference, DType dtype);
 OutputTensor output_tensor(const Tensor& tensor, DType dtype);

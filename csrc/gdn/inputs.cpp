@@ -7,8 +7,6 @@ DType second_state_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 
 
 }  // namespace
 
-DType wide_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
 void check_dtype(const TensorInfo& tensor, DType first, DType second) {
   INLAY_CHECK(tensor.dtype == first || tensor.dtype == second, tensor.op, ": ", tensor.name, " must be ",
               name_of(first), first == second ? "" : " or ", first == second ? "" : name_of(second), ", got ",

@@ -8,8 +8,6 @@
 
 namespace inlay::gdn {
 
-// Float32, or float64 for float64.
-DType wide_dtype(DType dtype);
 void check_dtype(const TensorInfo& tensor, DType first, DType second);
 // States are kept in float32 (float64 for float64 inputs), or in bfloat16 at half the memory.
 void check_state_dtype(const char* op, const char* name, DType state, DType dtype);

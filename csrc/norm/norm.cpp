@@ -8,13 +8,6 @@
 namespace inlay::norm {
 namespace {
 
-template <class Enum>
-Enum enum_from(const char* op, const char* argument, int64_t value, Enum last) {
-  INLAY_CHECK(value >= 0 && value <= static_cast<int64_t>(last), op, ": ", argument, " must be 0 to ",
-              static_cast<int64_t>(last), ", got ", value);
-  return static_cast<Enum>(value);
-}
-
 // Rows of x's shape and device, in x's dtype or, where `wide` allows it, in float32.
 RowTensor rows_like(const TensorInfo& tensor, const TensorInfo& x, DType dtype, bool wide) {
   check_same_shape(tensor, x);
@@ -31,8 +24,6 @@ struct Statistics {
 };
 
 int64_t statistics_rows(Kind kind) { return kind == Kind::layer ? 2 : 1; }
-
-DType wide_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 Statistics empty_statistics(const TensorInfo& x, Kind kind, int64_t rows) {
   const DType dtype = wide_dtype(x.dtype);

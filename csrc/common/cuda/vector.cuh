@@ -55,6 +55,8 @@ __device__ inline Packed<T, N> load(const T* source) {
     for (int i = 0; i < static_cast<int>(sizeof(packed) / 16); ++i) {
       reinterpret_cast<uint4*>(&packed)[i] = reinterpret_cast<const uint4*>(source)[i];
     }
+  } else if constexpr (sizeof(packed) == 8) {
+    *reinterpret_cast<uint64_t*>(&packed) = *reinterpret_cast<const uint64_t*>(source);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) packed.values[i] = source[i];
@@ -72,6 +74,18 @@ __device__ inline void store(T* target, const Packed<T, N>& packed) {
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) target[i] = packed.values[i];
+  }
+}
+
+// 8 or 16 bytes to global memory in one instruction. An assignment, as in store(), is split where the compiler loses
+// sight of the alignment.
+template <typename T, int N>
+__device__ inline void store_global(T* target, const Packed<T, N>& packed) {
+  if constexpr (sizeof(packed) == 16) {
+    __stwb(reinterpret_cast<uint4*>(target), *reinterpret_cast<const uint4*>(&packed));
+  } else {
+    static_assert(sizeof(packed) == 8);
+    __stwb(reinterpret_cast<uint2*>(target), *reinterpret_cast<const uint2*>(&packed));
   }
 }
 

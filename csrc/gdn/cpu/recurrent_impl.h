@@ -59,8 +59,8 @@ class Recurrent {
       load_token(task, sequence.batch, token);
       read(from, width);
       write(from, to, width);
-      with_dtype<Vec>(o.dtype, [&](auto element) {
-        auto* data = static_cast<decltype(element)*>(o.data);
+      with_element_type<Vec>(o.dtype, [&](auto element) {
+        auto* data = static_cast<typename decltype(element)::type*>(o.data);
         store_row<Vec>(sums_, data + (row * inputs_.value_heads + task.head) * values + task.column, width);
       });
       if (states.every.data) {
@@ -120,8 +120,8 @@ class Recurrent {
     const int64_t key_head = task.head / inputs_.group();
     load_key(inputs_.q, batch, token, key_head, q_);
     load_key(inputs_.k, batch, token, key_head, k_);
-    with_dtype<Vec>(inputs_.v.dtype, [&](auto element) {
-      const auto* from = static_cast<const decltype(element)*>(inputs_.v.data);
+    with_element_type<Vec>(inputs_.v.dtype, [&](auto element) {
+      const auto* from = static_cast<const typename decltype(element)::type*>(inputs_.v.data);
       load_row<Vec>(from + inputs_.v.offset(batch, token, task.head) + task.column, update_, task.width);
     });
     decay_ = exp_of<Vec>(load_gate<Vec>(inputs_.g, batch, token, task.head));
@@ -129,8 +129,8 @@ class Recurrent {
   }
 
   void load_key(const TokenTensor& tensor, int64_t batch, int64_t token, int64_t key_head, Scalar* to) {
-    with_dtype<Vec>(tensor.dtype, [&](auto element) {
-      const auto* from = static_cast<const decltype(element)*>(tensor.data);
+    with_element_type<Vec>(tensor.dtype, [&](auto element) {
+      const auto* from = static_cast<const typename decltype(element)::type*>(tensor.data);
       load_row<Vec>(from + tensor.offset(batch, token, key_head), to, inputs_.key_dim);
     });
     if (inputs_.l2norm_qk) normalise<Vec>(to, inputs_.key_dim);

@@ -1,7 +1,7 @@
 // Between tensors of any dtype and matrices of the kernels' own type.
 #pragma once
 
-#include "common/cpu/dtype_switch.h"
+#include "common/cpu/dispatch.h"
 #include "common/cpu/gemm.h"
 #include "common/cpu/matrix.h"
 #include "common/cpu/sweep.h"
@@ -13,7 +13,6 @@ namespace {
 
 using namespace inlay::cpu;
 
-INLAY_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLAY_INLINE float inverse_root(float v) { return 1 / __builtin_sqrtf(v); }
 INLAY_INLINE double inverse_root(double v) { return 1 / __builtin_sqrt(v); }
 
@@ -39,8 +38,8 @@ constexpr int64_t kRowsAhead = 8;
 template <class Vec>
 void load_tokens(const TokenTensor& tensor, int64_t batch, int64_t token, int64_t head, int64_t column, int64_t width,
                  int64_t count, int64_t padded_rows, Matrix<typename Vec::Scalar> to) {
-  with_dtype<Vec>(tensor.dtype, [&](auto element) {
-    using Element = decltype(element);
+  with_element_type<Vec>(tensor.dtype, [&](auto element) {
+    using Element = typename decltype(element)::type;
     const Element* data = static_cast<const Element*>(tensor.data) + column + tensor.offset(batch, token, head);
     for (int64_t i = 0; i < count; ++i) {
       const Element* row = data + i * tensor.token_stride;
@@ -68,8 +67,8 @@ struct HeadRows {
 template <class Vec>
 void store_tokens(Matrix<typename Vec::Scalar> from, int64_t count, const HeadRows& to, int64_t row, int64_t column,
                   int64_t width) {
-  with_dtype<Vec>(to.tensor.dtype, [&](auto element) {
-    auto* data = static_cast<decltype(element)*>(to.tensor.data) + column;
+  with_element_type<Vec>(to.tensor.dtype, [&](auto element) {
+    auto* data = static_cast<typename decltype(element)::type*>(to.tensor.data) + column;
     for (int64_t i = 0; i < count; ++i) store_row<Vec>(from.row(i), data + to.offset(row + i), width);
   });
 }
@@ -78,8 +77,9 @@ void store_tokens(Matrix<typename Vec::Scalar> from, int64_t count, const HeadRo
 template <class Vec>
 INLAY_INLINE typename Vec::Scalar load_number(const TokenTensor& tensor, int64_t batch, int64_t token, int64_t head) {
   typename Vec::Scalar value[Vec::lanes];
-  with_dtype<Vec>(tensor.dtype, [&](auto element) {
-    const auto* data = static_cast<const decltype(element)*>(tensor.data) + tensor.offset(batch, token, head);
+  with_element_type<Vec>(tensor.dtype, [&](auto element) {
+    const auto* data =
+        static_cast<const typename decltype(element)::type*>(tensor.data) + tensor.offset(batch, token, head);
     Vec::store(value, Vec::load(data, Partial{1}), Full{});
   });
   return value[0];
@@ -87,8 +87,8 @@ INLAY_INLINE typename Vec::Scalar load_number(const TokenTensor& tensor, int64_t
 
 template <class Vec>
 INLAY_INLINE void store_number(typename Vec::Scalar value, const OutputTensor& tensor, int64_t index) {
-  with_dtype<Vec>(tensor.dtype, [&](auto element) {
-    Vec::store(static_cast<decltype(element)*>(tensor.data) + index, Vec::set(value), Partial{1});
+  with_element_type<Vec>(tensor.dtype, [&](auto element) {
+    Vec::store(static_cast<typename decltype(element)::type*>(tensor.data) + index, Vec::set(value), Partial{1});
   });
 }
 
@@ -100,8 +100,9 @@ void load_state(const StateTensor& tensor, int64_t sequence, int64_t head, int64
     for (int64_t i = 0; i < rows; ++i) fill_zero(to.row(i), round_up(width, Vec::lanes));
     return;
   }
-  with_dtype<Vec>(tensor.dtype, [&](auto element) {
-    const auto* data = static_cast<const decltype(element)*>(tensor.data) + tensor.offset(sequence, head) + column;
+  with_element_type<Vec>(tensor.dtype, [&](auto element) {
+    const auto* data =
+        static_cast<const typename decltype(element)::type*>(tensor.data) + tensor.offset(sequence, head) + column;
     for (int64_t i = 0; i < rows; ++i) load_row<Vec>(data + i * value_dim, to.row(i), width);
   });
 }
@@ -109,8 +110,8 @@ void load_state(const StateTensor& tensor, int64_t sequence, int64_t head, int64
 template <class Vec>
 void store_state(Matrix<typename Vec::Scalar> from, int64_t rows, const StateTensor& tensor, int64_t sequence,
                  int64_t head, int64_t column, int64_t width, int64_t value_dim) {
-  with_dtype<Vec>(tensor.dtype, [&](auto element) {
-    auto* data = static_cast<decltype(element)*>(tensor.data) + tensor.offset(sequence, head) + column;
+  with_element_type<Vec>(tensor.dtype, [&](auto element) {
+    auto* data = static_cast<typename decltype(element)::type*>(tensor.data) + tensor.offset(sequence, head) + column;
     for (int64_t i = 0; i < rows; ++i) store_row<Vec>(from.row(i), data + i * value_dim, width);
   });
 }

@@ -1,6 +1,7 @@
 // What the forward and backward kernels share.
 #pragma once
 
+#include "common/cpu/dispatch.h"
 #include "common/cpu/row_access.h"
 #include "common/cpu/sweep.h"
 #include "common/cpu/vec_math.h"
@@ -14,10 +15,6 @@ using namespace inlay::cpu;
 // Which rows go into the normalisation and out of it. One kernel instance each.
 enum class Form { plain, add, gate_before, gate_after };
 
-template <class T>
-struct Type {
-  using type = T;
-};
 template <Form form>
 struct FormConstant {
   static constexpr Form value = form;
@@ -27,7 +24,6 @@ struct Flag {
   static constexpr bool value = flag;
 };
 
-INLAY_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLAY_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 INLAY_INLINE double square_root(double v) { return __builtin_sqrt(v); }
 
@@ -65,17 +61,10 @@ INLAY_INLINE Vec activation_slope(Activation activation, Vec z, Vec sigmoid_z) {
 // Calls body(Type<T>{}) with the dtype that all the given tensors have, or with Any where they differ.
 template <class Vec, class Body>
 INLAY_INLINE void with_element_type(DType dtype, bool uniform, Body body) {
-  if constexpr (sizeof(typename Vec::Scalar) == sizeof(double)) {
-    body(Type<double>{});
-  } else if (!uniform) {
-    body(Type<Any>{});
-  } else if (dtype == DType::f32) {
-    body(Type<float>{});
-  } else if (dtype == DType::bf16) {
-    body(Type<bf16>{});
-  } else {
-    body(Type<f16>{});
+  if constexpr (sizeof(typename Vec::Scalar) == sizeof(float)) {
+    if (!uniform) return body(Type<Any>{});
   }
+  cpu::with_element_type<Vec>(dtype, body);
 }
 
 }  // namespace

@@ -2,11 +2,14 @@
 #pragma once
 
 #include "common/cuda/launch.cuh"
+#include "common/cuda/sigmoid.cuh"
 #include "common/cuda/vector.cuh"
 #include "norm/cuda/config.h"
 #include "norm/params.h"
 
 namespace inlay::norm::cuda {
+
+using inlay::cuda::sigmoid;
 
 template <typename T>
 __device__ inline const T* row_of(const RowTensor& tensor, int64_t row) {
@@ -30,19 +33,6 @@ struct Gate {
   float value;       // act(z)
   float derivative;  // act'(z)
 };
-
-// 1 / (1 + exp(-z)), right for infinite z. For float32 within 2 ulp; for a 16-bit T two instructions of the special
-// function unit do, whose error (2^-20 where z matters) vanishes in T's rounding: gated norms are short of
-// instructions.
-template <typename T>
-__device__ inline float sigmoid(float z) {
-  if constexpr (sizeof(T) == sizeof(float)) return __fdividef(1.0f, 1.0f + expf(-z));
-  constexpr float kLog2E = 1.4426950408889634f;
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -kLog2E));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
-  return inverse;
-}
 
 template <typename T>
 __device__ inline float activate(Activation activation, float z) {

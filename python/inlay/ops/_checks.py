@@ -6,7 +6,7 @@ Form: ``<op>: <argument> must be <rule>, got <actual>``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,14 +24,19 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def activations(op: str, argument: str, x: Tensor) -> None:
-    """A tensor [..., N] with a dense last dimension, on a device and in a dtype that has kernels."""
+def supported(op: str, argument: str, x: Tensor) -> None:
+    """A tensor on a device and in a dtype that has kernels."""
     given(op, argument, x)
     dtypes = _DTYPES.get(x.device.type)
     if dtypes is None:
         raise ValueError(f"{op}: {argument} must be on cpu, cuda or meta, got {x.device}")
     if x.dtype not in dtypes:
         raise ValueError(f"{op}: {argument} must be {names(dtypes)} on {x.device.type}, got {x.dtype}")
+
+
+def activations(op: str, argument: str, x: Tensor) -> None:
+    """A tensor [..., N] with a dense last dimension, on a device and in a dtype that has kernels."""
+    supported(op, argument, x)
     if x.dim() == 0:
         raise ValueError(f"{op}: {argument} must have at least one dimension, got a scalar")
     _dense_rows(op, argument, x)
@@ -66,14 +71,33 @@ def vector(op: str, argument: str, tensor: Tensor | None, x: Tensor, of: str = "
         raise TypeError(f"{op}: {argument} must be a Tensor or None, got {type(tensor).__name__}")
     if tensor.dim() != 1 or tensor.shape[0] != x.shape[-1]:
         raise ValueError(f"{op}: {argument} must have shape [{x.shape[-1]}] ({of}'s width), got {list(tensor.shape)}")
+    parameter(op, argument, tensor, x, of)
+    _dense_rows(op, argument, tensor)
+
+
+def parameter(op: str, argument: str, tensor: Tensor, x: Tensor, of: str = "x") -> None:
+    """A weight or bias on the device of x, which the op calls ``of``, in a dtype that goes with x's."""
     on_device(op, argument, tensor, x, of)
     if tensor.dtype not in _DTYPES[x.device.type] or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
         allowed = (torch.float64,) if x.dtype == torch.float64 else _DTYPES["cuda"]
         raise ValueError(f"{op}: {argument} must be {names(allowed)} for {x.dtype} {of}, got {tensor.dtype}")
+
+
+def indices(op: str, argument: str, tensor: Tensor | None, x: Tensor) -> None:
+    """None, or a dense [N] of int32 or int64 on x's device."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {argument} must be a Tensor or None, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {argument} must be int32 or int64, got {tensor.dtype}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{op}: {argument} must have 1 dimension, got shape {list(tensor.shape)}")
+    on_device(op, argument, tensor, x)
     _dense_rows(op, argument, tensor)
 
 
-def choice(op: str, argument: str, value: str, choices: Mapping[str, _Value]) -> _Value:
+def choice(op: str, argument: str, value: Any, choices: Mapping[Any, _Value]) -> _Value:
     try:
         return choices[value]
     except (KeyError, TypeError):

@@ -1,0 +1,185 @@
+"""Conv benchmarks: whole sequences in both orders of memory, packed ones, and decode steps, ours beside every rival."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks import harness
+from benchmarks.conv_rivals import IMPLEMENTATIONS, PACKAGES, Implementation, Op, Tensors
+from benchmarks.harness import Bar, Call, Options, Row
+from inlay import reference
+
+SUBJECT = "inlay"
+
+_DTYPE = torch.bfloat16
+_WIDTH = 4
+_PACKED = 8  # sequences in a packed row
+_TOLERANCE = 0.02  # relative L2, for a rival to count as computing the same thing in bf16
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str  # "causal_conv1d", "packed" or "causal_conv1d_step"
+    direction: str
+    batch: int
+    time: int
+    channels: int
+    tokens_innermost: bool = False
+    modes: tuple[str, ...] = ("graph", "eager")
+    bars: dict[str, tuple[Bar, ...]] = field(default_factory=dict)  # per mode
+
+    def __str__(self) -> str:
+        order = " [B, C, T]" if self.tokens_innermost else ""
+        return f"{self.op} {self.direction} {self.batch}x{self.time}x{self.channels}{order}"
+
+    def bytes(self) -> int:
+        """Each input read once, each output written once; a step reads and writes its state."""
+        signal, weight = self.batch * self.time * self.channels, self.channels * _WIDTH
+        if self.op == "causal_conv1d_step":
+            return _DTYPE.itemsize * (2 * signal + (2 * self.batch + 1) * weight)
+        return _DTYPE.itemsize * (3 * signal + 2 * weight if self.direction == "backward" else 2 * signal + weight)
+
+    def tensors(self, device: str) -> Tensors:
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, dtype=_DTYPE, device=device)
+
+        shape = (self.batch, self.time, self.channels)
+        tensors = {"x": normal(*shape), "weight": normal(self.channels, _WIDTH) / 2}
+        if self.direction == "backward":
+            tensors["dy"] = normal(*shape)
+        if self.tokens_innermost:
+            tensors |= {name: t.mT.contiguous().mT for name, t in tensors.items() if t.dim() == 3}
+        if self.op == "causal_conv1d_step":
+            tensors["state"] = normal(self.batch, self.channels, _WIDTH)
+        if self.op == "packed":
+            ends = torch.arange(_PACKED + 1, device=device, dtype=torch.int32) * (self.time // _PACKED)
+            tensors["cu_seqlens"] = ends
+            tensors["seq_idx"] = torch.arange(self.time, device=device, dtype=torch.int32)[None] // (
+                self.time // _PACKED
+            )
+        return tensors
+
+    def call(self, op: Op, tensors: Tensors) -> Call:
+        """What is timed: the forward without gradients, or the backward alone, through autograd."""
+        if self.direction == "forward":
+            return torch.no_grad()(lambda: (op(tensors),))
+        leaves = {name: tensors[name].detach().requires_grad_() for name in ("x", "weight")}
+        output, dy = op({**tensors, **leaves}), tensors["dy"]
+        inputs = tuple(leaves.values())
+        return lambda: torch.autograd.grad(output, inputs, dy, retain_graph=True)
+
+    def agrees(self, results: tuple[torch.Tensor, ...], before: Tensors) -> bool:
+        """Whether the call's result, of some channels, is that of the float64 reference."""
+        few = {name: t[..., :16] if name in ("x", "dy") else t for name, t in before.items()}
+        few |= {"weight": before["weight"][:16]}
+        if "state" in before:
+            few["state"] = before["state"][:, :16]
+        few = {name: t.double() if t.is_floating_point() else t for name, t in few.items()}
+        (exact, *_) = self.call(_exact(self.op), few)()
+        return bool((results[0][..., :16].double() - exact).norm() <= _TOLERANCE * exact.norm())
+
+
+def run(options: Options) -> Iterator[Row]:
+    makers = {name: maker for name, (maker, devices) in IMPLEMENTATIONS.items() if options.device in devices}
+    implementations = harness.importable(makers, options.chosen(makers, SUBJECT))
+    patience = harness.Patience(options.rival_seconds, unlimited=SUBJECT)
+    for case in _cases(options.device, options.quick):
+        if options.filter in str(case):
+            yield from _measure(case, implementations, options, patience)
+            harness.free_memory()
+    yield from _host(implementations, options)
+
+
+def _measure(
+    case: Case, implementations: dict[str, Implementation], options: Options, patience: harness.Patience
+) -> Iterator[Row]:
+    count = harness.buffer_sets(case.bytes()) if "graph" in case.modes else 1
+    sets = [case.tensors(options.device) for _ in range(count)]
+    rows: dict[str, list[Row]] = {mode: [] for mode in case.modes}
+    for name, implementation in implementations.items():
+        op = implementation.get(case.op)
+        if op is None or not patience.left(name):
+            continue
+        start = time.perf_counter()
+        try:
+            before = {name: tensor.clone() for name, tensor in sets[0].items()}  # a step changes its state
+            calls = [case.call(op, tensors) for tensors in sets]
+            note = "" if case.agrees(calls[0](), before) else "result differs"
+            for mode in case.modes:
+                timing = _time(mode, calls, options)
+                rows[mode].append(harness.row(str(case), mode, name, timing, case.bytes(), options.copy, note))
+        except Exception as error:  # a rival that fails is a note, not the end of the run
+            if name == SUBJECT:
+                raise
+            print(f"{name}: {case}: {type(error).__name__}: {error}", flush=True)
+        patience.spend(name, time.perf_counter() - start)
+        calls = []
+        harness.free_memory()
+    for mode in case.modes:
+        yield from harness.judged(rows[mode], SUBJECT, case.bars.get(mode, ()))
+
+
+def _time(mode: str, calls: list[Call], options: Options) -> harness.Timing:
+    if options.device == "cpu":
+        return harness.time_cpu(calls[0], 0.2 if options.quick else 1.0)
+    return harness.time_graph(calls) if mode == "graph" else harness.time_events(calls[0])
+
+
+def _host(implementations: dict[str, Implementation], options: Options) -> Iterator[Row]:
+    """Host time per eager call on tensors too small to keep the device busy, beside ``torch.mul``."""
+    for op, direction in [
+        ("causal_conv1d", "forward"),
+        ("causal_conv1d_step", "forward"),
+        ("causal_conv1d", "backward"),
+    ]:
+        case = Case(op, direction, 1, 1, 64)
+        if options.filter not in f"host {case}":
+            continue
+        tensors = case.tensors(options.device)
+        x = tensors["x"]
+        calls: dict[str, Call] = {"torch.mul": lambda x=x: torch.mul(x, x)}
+        calls |= {name: case.call(ops[op], tensors) for name, ops in implementations.items() if op in ops}
+        bars = (harness.at_most_times(2.0, "torch.mul"),) if direction == "forward" else ()
+        timings = harness.time_host(calls, per_block=20 if options.quick else 100)
+        rows = [harness.row(f"host {case}", "host", name, t, 0, options.copy) for name, t in timings.items()]
+        yield from harness.judged(rows, SUBJECT, bars)
+
+
+def _cases(device: str, quick: bool) -> Iterator[Case]:
+    if device == "cpu":
+        yield from _cpu_cases(quick)
+        return
+    # Qwen3-Next and Qwen3.5 convolve 8192 to 16384 channels, the small ones 6144.
+    shapes = [(1, 8192, 8192)] if quick else [(1, 8192, 8192), (4, 2048, 8192), (1, 32768, 8192), (8, 1024, 6144)]
+    bars = {"graph": (harness.at_least_copy(0.85),)}
+    for shape in shapes:
+        for direction in ("forward", "backward"):
+            yield Case("causal_conv1d", direction, *shape, bars=bars if shape == shapes[0] else {})
+            yield Case("causal_conv1d", direction, *shape, tokens_innermost=True)
+    for direction in ("forward", "backward"):
+        yield Case("packed", direction, 1, 8192, 8192)
+    for batch in (1,) if quick else (1, 8, 64, 256):
+        yield Case("causal_conv1d_step", "forward", batch, 1, 8192, modes=("graph",))
+
+
+def _cpu_cases(quick: bool) -> Iterator[Case]:
+    tokens = 256 if quick else 2048
+    bars = {"eager": (harness.times_faster_than(4.0, "hf_eager"),)}
+    for direction in ("forward", "backward"):
+        yield Case("causal_conv1d", direction, 1, tokens, 8192, modes=("eager",), bars=bars)
+        yield Case("causal_conv1d", direction, 1, tokens, 8192, True, modes=("eager",), bars=bars)
+        yield Case("packed", direction, 1, tokens, 8192, modes=("eager",))
+    yield Case("causal_conv1d_step", "forward", 1, 1, 8192, modes=("eager",), bars=bars)
+
+
+def _exact(op: str) -> Op:
+    if op == "causal_conv1d_step":
+        return lambda t: reference.causal_conv1d_step(t["x"], t["state"], t["weight"], activation="silu")
+    return lambda t: reference.causal_conv1d(t["x"], t["weight"], activation="silu", cu_seqlens=t.get("cu_seqlens"))
+
+
+FAMILY = harness.Family(("causal_conv1d", "causal_conv1d_step"), SUBJECT, PACKAGES, run)

@@ -1,0 +1,9 @@
+// Conv kernels in AVX2, FMA and F16C.
+#include "common/cpu/vec_avx2.h"
+#include "conv/cpu/kernels_impl.h"
+
+namespace inlay::conv {
+
+constexpr Kernels kAvx2Kernels = kernels_of<cpu::Avx2Vec>();
+
+}  // namespace inlay::conv

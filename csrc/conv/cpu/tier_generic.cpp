@@ -1,0 +1,10 @@
+// Conv kernels in plain C++, and the only ones in float64.
+#include "common/cpu/vec_generic.h"
+#include "conv/cpu/kernels_impl.h"
+
+namespace inlay::conv {
+
+constexpr Kernels kGenericKernels = kernels_of<cpu::GenericVec<float>>();
+constexpr Kernels kGenericF64Kernels = kernels_of<cpu::GenericVec<double>>();
+
+}  // namespace inlay::conv

@@ -1,0 +1,5 @@
+#include "conv/cuda/channels_forward.cuh"
+
+namespace inlay::conv::cuda {
+template Plan<ForwardParams> channels_forward<float>(const ForwardParams&);
+}
