@@ -23,7 +23,8 @@ struct ChannelWeights {
   static void load(const VectorTensor& vector, int64_t first, int64_t count, typename Vec::Scalar* target) {
     with_element_type<Vec>(vector.dtype, [&](auto type) {
       const auto* source = static_cast<const typename decltype(type)::type*>(vector.data) + first;
-      sweep<Vec>(count, [&](int64_t i, auto lanes) { Vec::store(target + i, Vec::load(source + i, lanes), lanes); });
+      // One by one: fewer than a vector holds.
+      for (int64_t i = 0; i < count; ++i) target[i] = sum(Vec::load(source + i, Partial{1}));
     });
   }
 };
