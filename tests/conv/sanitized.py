@@ -1,6 +1,7 @@
-"""Every CUDA kernel of the family, forward and backward, for compute-sanitizer (``make sanitize``). Nothing is compared.
+"""Every CUDA kernel of the family, forward and backward, for compute-sanitizer (``make sanitize``).
 
-Shapes: both memory orders, every width, channels and tokens that fill their tiles and that do not, packed sequences.
+Nothing is compared. Shapes: both memory orders, every width, channels and tokens that fill their tiles and that do not,
+packed sequences.
 """
 
 from __future__ import annotations
