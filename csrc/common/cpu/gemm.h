@@ -89,12 +89,15 @@ struct Gemm {
   [[gnu::noinline]] static void tile(const Operands& p, int64_t i, int64_t j, int64_t begin, int64_t end) {
     const int64_t stride = p.a.stride;
     Vec sums[rows][vectors];
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t v = 0; v < vectors; ++v) {
-        if (p.c_factor == 0) {
-          sums[r][v] = Vec::set(0);
-        } else {
-          sums[r][v] = Vec::set(p.c_factor) * Vec::load(p.c.row(i + r) + j + v * Vec::lanes, Full{});
+    if (p.c_factor == 0) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t v = 0; v < vectors; ++v) sums[r][v] = Vec::set(0);
+      }
+    } else {
+      const Vec factor = Vec::set(p.c_factor);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t v = 0; v < vectors; ++v) {
+          sums[r][v] = factor * Vec::load(p.c.row(i + r) + j + v * Vec::lanes, Full{});
         }
       }
     }

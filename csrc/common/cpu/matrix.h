@@ -70,19 +70,18 @@ INLAY_INLINE Scalar dot(const Scalar* a, const Scalar* b, int64_t width) {
   return sum(even + odd);
 }
 
-// to[j][i] = from[i][j] for i < rows, j < columns; the rows of `to` end in zeros up to whole vectors. Blocks keep the
-// lines of both sides in the cache.
+// to[j][i] = from[i][j] for i < rows, j < columns; the rows of `to` end in zeros up to whole vectors.
 template <class Vec, class Scalar = typename Vec::Scalar>
 void transpose(Matrix<Scalar> from, Matrix<Scalar> to, int64_t rows, int64_t columns) {
-  constexpr int64_t block = kLineBytes / static_cast<int64_t>(sizeof(Scalar));
-  for (int64_t i0 = 0; i0 < rows; i0 += block) {
-    const int64_t i1 = i0 + block < rows ? i0 + block : rows;
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t i = i0; i < i1; ++i) to.row(j)[i] = from.row(i)[j];
+  for (int64_t i = 0; i < rows; i += Vec::lanes) {
+    for (int64_t j = 0; j < columns; j += Vec::lanes) {
+      Vec block[Vec::lanes];
+      for (int64_t r = 0; r < Vec::lanes; ++r) {
+        block[r] = i + r < rows ? Vec::load(from.row(i + r) + j, Full{}) : Vec::set(0);
+      }
+      Vec::transpose(block);
+      for (int64_t r = 0; r < Vec::lanes && j + r < columns; ++r) Vec::store(to.row(j + r) + i, block[r], Full{});
     }
-  }
-  for (int64_t j = 0; rows % Vec::lanes != 0 && j < columns; ++j) {
-    for (int64_t i = rows; i < round_up(rows, Vec::lanes); ++i) to.row(j)[i] = 0;
   }
 }
 

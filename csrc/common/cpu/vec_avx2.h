@@ -92,6 +92,25 @@ struct Avx2Vec {
   INLAY_INLINE static Avx2Vec keep(Avx2Vec v, Partial part) {
     return _mm256_and_ps(v.raw, _mm256_castsi256_ps(lane_mask(part.count)));
   }
+
+  // Within each half of four lanes first, four vectors at a time, then across the halves.
+  INLAY_INLINE static void transpose(Avx2Vec (&vectors)[lanes]) {
+    for (int64_t i = 0; i < lanes; i += 4) {
+      const __m256 low01 = _mm256_unpacklo_ps(vectors[i].raw, vectors[i + 1].raw);
+      const __m256 high01 = _mm256_unpackhi_ps(vectors[i].raw, vectors[i + 1].raw);
+      const __m256 low23 = _mm256_unpacklo_ps(vectors[i + 2].raw, vectors[i + 3].raw);
+      const __m256 high23 = _mm256_unpackhi_ps(vectors[i + 2].raw, vectors[i + 3].raw);
+      vectors[i] = _mm256_shuffle_ps(low01, low23, 0x44);
+      vectors[i + 1] = _mm256_shuffle_ps(low01, low23, 0xee);
+      vectors[i + 2] = _mm256_shuffle_ps(high01, high23, 0x44);
+      vectors[i + 3] = _mm256_shuffle_ps(high01, high23, 0xee);
+    }
+    for (int64_t i = 0; i < 4; ++i) {
+      const __m256 first = vectors[i].raw, second = vectors[i + 4].raw;
+      vectors[i] = _mm256_permute2f128_ps(first, second, 0x20);
+      vectors[i + 4] = _mm256_permute2f128_ps(first, second, 0x31);
+    }
+  }
 };
 
 INLAY_INLINE Avx2Vec operator+(Avx2Vec a, Avx2Vec b) { return _mm256_add_ps(a.raw, b.raw); }

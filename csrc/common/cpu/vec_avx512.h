@@ -87,6 +87,30 @@ struct Avx512Vec {
   INLAY_INLINE static Avx512Vec keep(Avx512Vec v, Partial part) {
     return _mm512_maskz_mov_ps(lane_mask(part.count), v.raw);
   }
+
+  // Within each quarter of four lanes first, four vectors at a time, then across the quarters.
+  INLAY_INLINE static void transpose(Avx512Vec (&vectors)[lanes]) {
+    for (int64_t i = 0; i < lanes; i += 4) {
+      const __m512 low01 = _mm512_unpacklo_ps(vectors[i].raw, vectors[i + 1].raw);
+      const __m512 high01 = _mm512_unpackhi_ps(vectors[i].raw, vectors[i + 1].raw);
+      const __m512 low23 = _mm512_unpacklo_ps(vectors[i + 2].raw, vectors[i + 3].raw);
+      const __m512 high23 = _mm512_unpackhi_ps(vectors[i + 2].raw, vectors[i + 3].raw);
+      vectors[i] = _mm512_shuffle_ps(low01, low23, 0x44);
+      vectors[i + 1] = _mm512_shuffle_ps(low01, low23, 0xee);
+      vectors[i + 2] = _mm512_shuffle_ps(high01, high23, 0x44);
+      vectors[i + 3] = _mm512_shuffle_ps(high01, high23, 0xee);
+    }
+    for (int64_t i = 0; i < 4; ++i) {
+      const __m512 front01 = _mm512_shuffle_f32x4(vectors[i].raw, vectors[i + 4].raw, 0x44);
+      const __m512 back01 = _mm512_shuffle_f32x4(vectors[i].raw, vectors[i + 4].raw, 0xee);
+      const __m512 front23 = _mm512_shuffle_f32x4(vectors[i + 8].raw, vectors[i + 12].raw, 0x44);
+      const __m512 back23 = _mm512_shuffle_f32x4(vectors[i + 8].raw, vectors[i + 12].raw, 0xee);
+      vectors[i] = _mm512_shuffle_f32x4(front01, front23, 0x88);
+      vectors[i + 4] = _mm512_shuffle_f32x4(front01, front23, 0xdd);
+      vectors[i + 8] = _mm512_shuffle_f32x4(back01, back23, 0x88);
+      vectors[i + 12] = _mm512_shuffle_f32x4(back01, back23, 0xdd);
+    }
+  }
 };
 
 INLAY_INLINE Avx512Vec operator+(Avx512Vec a, Avx512Vec b) { return _mm512_add_ps(a.raw, b.raw); }

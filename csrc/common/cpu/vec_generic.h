@@ -9,6 +9,7 @@
 //   Vec::stream_fence()                after the last `stream`, before another thread may read
 //   Vec::round(v, bf16{} | f16{})      what storing and loading gives
 //   Vec::keep(v, Full | Partial)       zero beyond the count
+//   Vec::transpose(vectors)            an array of as many vectors as lanes: rows become columns
 //   + - * / of two vectors, -v, fma(a, b, c) = a * b + c, sum(v), min, max
 //   round_even(v), scale(v, n)         nearest integer; v * 2^n for integral n in [-151, 128]
 #pragma once
@@ -97,6 +98,16 @@ struct GenericVecBase {
   INLAY_INLINE static Vec keep(Vec v, Partial part) {
     for (int64_t i = part.count; i < lanes; ++i) v.raw[i] = 0;
     return v;
+  }
+
+  INLAY_INLINE static void transpose(Vec (&vectors)[Lanes]) {
+    for (int64_t i = 0; i < lanes; ++i) {
+      for (int64_t j = 0; j < i; ++j) {
+        const T element = vectors[i].raw[j];
+        vectors[i].raw[j] = vectors[j].raw[i];
+        vectors[j].raw[i] = element;
+      }
+    }
   }
 };
 
