@@ -9,8 +9,8 @@
 namespace inlay::gdn {
 namespace {
 
-// From so many tokens on, a sequence is worked on in chunks unless the mode says otherwise: below, the recurrence
-// is as fast or faster in AVX2.
+// From so many tokens on, a sequence is worked on in chunks unless the mode says otherwise. Measured in AVX2: one token
+// takes a quarter of the time as a recurrence, 4 to 8 tokens take as long either way, more are faster as a chunk.
 constexpr int64_t kChunkedFrom = 9;
 
 INLAY_INLINE bool is_recurrent(Mode mode, int64_t tokens) {
