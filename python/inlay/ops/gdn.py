@@ -54,6 +54,7 @@ class Mode(IntEnum):
 _MODE = {mode.name.lower(): int(mode) for mode in Mode}
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
+_MAX_RECURRENT_TOKENS = 512  # of a sequence on CUDA
 _MAX_STEP_TOKENS = 16
 
 _ops = _load.namespace()
@@ -64,12 +65,16 @@ _rule_bwd = _ops.gated_delta_rule_bwd.default
 _step = _ops.gated_delta_step.default
 
 
-def _has_backward(q: Tensor) -> bool:
-    """Whether the rule's backward has a kernel on q's device; where not, what needs gradients is the reference.
+def _has_kernel(q: Tensor, cu_seqlens: Tensor | None, mode: str, needs_grad: bool) -> bool:
+    """Whether the rule is the native op; else it is the reference.
 
-    This is the one place that knows: with a CUDA kernel it goes, and its use with it.
+    On CUDA there is a kernel for the forward, token by token, which for long sequences is slower than eager code in
+    chunks. This is the one place that knows: with CUDA kernels for chunks it goes, and its use with it.
     """
-    return q.device.type != "cuda"
+    if q.device.type != "cuda":
+        return True
+    few = cu_seqlens is not None or q.shape[1] <= _MAX_RECURRENT_TOKENS
+    return not needs_grad and (mode == "recurrent" or (mode == "auto" and few))
 
 
 def gdn_gates(
@@ -150,7 +155,7 @@ def gated_delta_rule(
     """
     try:
         needs_grad = checks.needs_grad(q, k, v, g, beta, initial_state)
-        if needs_grad and not _has_backward(q):
+        if not _has_kernel(q, cu_seqlens, mode, needs_grad):
             _check_rule("gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, mode, state_dtype)
             return reference.gated_delta_rule(
                 q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
