@@ -129,6 +129,11 @@ def gradients(case: Case, namespace: ModuleType, tensors: Tensors, douts: tuple,
     return dict(zip(leaves, grads, strict=True))
 
 
+def has_forward_kernel(device: str, mode: str) -> bool:
+    """On CUDA there is none for chunks yet: that is eager code, which promises no bits."""
+    return device == "cpu" or mode != "chunk"
+
+
 def widened(tensors: Tensors) -> Tensors:
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
