@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks import harness
-from benchmarks.conv_rivals import IMPLEMENTATIONS, PACKAGES, Implementation, Op, Tensors
+from benchmarks.comparison import SUBJECT, compare
+from benchmarks.conv_rivals import IMPLEMENTATIONS, PACKAGES, Op, Tensors
 from benchmarks.harness import Bar, Call, Options, Row
 from inlay import reference
-
-SUBJECT = "inlay"
 
 _DTYPE = torch.bfloat16
 _WIDTH = 4
@@ -84,69 +82,16 @@ class Case:
 
 
 def run(options: Options) -> Iterator[Row]:
-    makers = {name: maker for name, (maker, devices) in IMPLEMENTATIONS.items() if options.device in devices}
-    implementations = harness.importable(makers, options.chosen(makers, SUBJECT))
-    patience = harness.Patience(options.rival_seconds, unlimited=SUBJECT)
-    for case in _cases(options.device, options.quick):
-        if options.filter in str(case):
-            yield from _measure(case, implementations, options, patience)
-            harness.free_memory()
-    yield from _host(implementations, options)
+    return compare(IMPLEMENTATIONS, options, _cases(options.device, options.quick), _host_cases())
 
 
-def _measure(
-    case: Case, implementations: dict[str, Implementation], options: Options, patience: harness.Patience
-) -> Iterator[Row]:
-    count = harness.buffer_sets(case.bytes()) if "graph" in case.modes else 1
-    sets = [case.tensors(options.device) for _ in range(count)]
-    rows: dict[str, list[Row]] = {mode: [] for mode in case.modes}
-    for name, implementation in implementations.items():
-        op = implementation.get(case.op)
-        if op is None or not patience.left(name):
-            continue
-        start = time.perf_counter()
-        try:
-            before = {name: tensor.clone() for name, tensor in sets[0].items()}  # a step changes its state
-            calls = [case.call(op, tensors) for tensors in sets]
-            note = "" if case.agrees(calls[0](), before) else "result differs"
-            for mode in case.modes:
-                timing = _time(mode, calls, options)
-                rows[mode].append(harness.row(str(case), mode, name, timing, case.bytes(), options.copy, note))
-        except Exception as error:  # a rival that fails is a note, not the end of the run
-            if name == SUBJECT:
-                raise
-            print(f"{name}: {case}: {type(error).__name__}: {error}", flush=True)
-        patience.spend(name, time.perf_counter() - start)
-        calls = []
-        harness.free_memory()
-    for mode in case.modes:
-        yield from harness.judged(rows[mode], SUBJECT, case.bars.get(mode, ()))
-
-
-def _time(mode: str, calls: list[Call], options: Options) -> harness.Timing:
-    if options.device == "cpu":
-        return harness.time_cpu(calls[0], 0.2 if options.quick else 1.0)
-    return harness.time_graph(calls) if mode == "graph" else harness.time_events(calls[0])
-
-
-def _host(implementations: dict[str, Implementation], options: Options) -> Iterator[Row]:
-    """Host time per eager call on tensors too small to keep the device busy, beside ``torch.mul``."""
+def _host_cases() -> Iterator[Case]:
     for op, direction in [
         ("causal_conv1d", "forward"),
         ("causal_conv1d_step", "forward"),
         ("causal_conv1d", "backward"),
     ]:
-        case = Case(op, direction, 1, 1, 64)
-        if options.filter not in f"host {case}":
-            continue
-        tensors = case.tensors(options.device)
-        x = tensors["x"]
-        calls: dict[str, Call] = {"torch.mul": lambda x=x: torch.mul(x, x)}
-        calls |= {name: case.call(ops[op], tensors) for name, ops in implementations.items() if op in ops}
-        bars = (harness.at_most_times(2.0, "torch.mul"),) if direction == "forward" else ()
-        timings = harness.time_host(calls, per_block=20 if options.quick else 100)
-        rows = [harness.row(f"host {case}", "host", name, t, 0, options.copy) for name, t in timings.items()]
-        yield from harness.judged(rows, SUBJECT, bars)
+        yield Case(op, direction, 1, 1, 64)
 
 
 def _cases(device: str, quick: bool) -> Iterator[Case]:

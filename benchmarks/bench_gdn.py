@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.gdn_rivals import IMPLEMENTATIONS, INPUTS, PACKAGES, Implementation, Op, Tensors
+from benchmarks.comparison import SUBJECT, compare
+from benchmarks.gdn_rivals import IMPLEMENTATIONS, INPUTS, PACKAGES, Op, Tensors
 from benchmarks.harness import Bar, Call, Options, Row
 from inlay import reference
-
-SUBJECT = "inlay"
 
 _DTYPE = torch.bfloat16
 _TOLERANCE = 0.02  # relative L2, for a rival to count as computing the same thing in bf16
@@ -78,63 +76,16 @@ class Case:
         inputs, douts = tuple(leaves.values()), tuple(torch.ones_like(output) for output in outputs)
         return lambda: torch.autograd.grad(outputs, inputs, douts, retain_graph=True)
 
-    def expected(self, tensors: Tensors) -> tuple[Tensor, ...]:
-        """By the reference, in float32 and on copies."""
+    def agrees(self, results: tuple[Tensor, ...], tensors: Tensors) -> bool:
+        """Whether the call's results are the reference's, in float32."""
         wide = {name: tensor.float() for name, tensor in tensors.items()}
-        if "state" in wide:
-            wide["state"] = wide["state"].clone()
-        return self.call(_reference(self.op), wide)()
+        expected = self.call(_reference(self.op), wide)()
+        pairs = zip(results, expected, strict=True)
+        return all((a.double() - e.double()).norm() <= _TOLERANCE * e.double().norm() for a, e in pairs)
 
 
 def run(options: Options) -> Iterator[Row]:
-    makers = {name: maker for name, (maker, devices) in IMPLEMENTATIONS.items() if options.device in devices}
-    implementations = harness.importable(makers, options.chosen(makers, SUBJECT))
-    patience = harness.Patience(options.rival_seconds, unlimited=SUBJECT)
-    for case in _cases(options.device, options.quick):
-        if options.filter in str(case):
-            yield from _measure(case, implementations, options, patience)
-            harness.free_memory()
-
-
-def _measure(
-    case: Case, implementations: dict[str, Implementation], options: Options, patience: harness.Patience
-) -> Iterator[Row]:
-    count = harness.buffer_sets(case.bytes()) if "graph" in case.modes else 1
-    rows: dict[str, list[Row]] = {mode: [] for mode in case.modes}
-    for name, implementation in implementations.items():
-        op = implementation.get(case.op)
-        if op is None or not patience.left(name):
-            continue
-        torch.manual_seed(0)  # each implementation has its own states to update, and all have the same
-        sets = [case.tensors(options.device) for _ in range(count)]
-        expected = case.expected(sets[0])
-        start = time.perf_counter()
-        try:
-            calls = [case.call(op, tensors) for tensors in sets]
-            note = "" if _agrees(calls[0](), expected) else "result differs"
-            for mode in case.modes:
-                timing = _time(mode, calls, options)
-                rows[mode].append(harness.row(str(case), mode, name, timing, case.bytes(), options.copy, note))
-        except Exception as error:  # a rival that fails is a note, not the end of the run
-            if name == SUBJECT:
-                raise
-            print(f"{name}: {case}: {type(error).__name__}: {error}", flush=True)
-        patience.spend(name, time.perf_counter() - start)
-        calls = []
-        harness.free_memory()
-    for mode in case.modes:
-        yield from harness.judged(rows[mode], SUBJECT, case.bars.get(mode, ()))
-
-
-def _agrees(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    pairs = zip(results, expected, strict=True)
-    return all((a.double() - e.double()).norm() <= _TOLERANCE * e.double().norm() for a, e in pairs)
-
-
-def _time(mode: str, calls: list[Call], options: Options) -> harness.Timing:
-    if options.device == "cpu":
-        return harness.time_cpu(calls[0], 0.2 if options.quick else 2.0)
-    return harness.time_graph(calls) if mode == "graph" else harness.time_events(calls[0])
+    return compare(IMPLEMENTATIONS, options, _cases(options.device, options.quick))
 
 
 def _cases(device: str, quick: bool) -> Iterator[Case]:
