@@ -137,6 +137,25 @@ def test_a_second_derivative_is_refused(case, device):
         dx.sum().backward()
 
 
+class _Cut(torch.autograd.Function):
+    """Passes a tensor on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("case", BASIC, ids=str)
+def test_no_gradient_of_any_output(case, device):
+    tensors = {name: t.requires_grad_() for name, t in case.inputs((3, 32), torch.float32, device).items()}
+    loss = sum(_Cut.apply(output).sum() for output in case.run(inlay, tensors))
+    assert torch.autograd.grad(loss, list(tensors.values()), allow_unused=True) == (None,) * len(tensors)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(use_reentrant, device):
     def block(x, residual, weight):

@@ -11,7 +11,7 @@ using namespace inlay::cuda;
 
 // Few columns a block and small blocks: what this kernel takes is latency, and many blocks hide it.
 inline constexpr int kSumColumns = 8;    // of a block; each row of them is one sector of memory
-inline constexpr int kSumThreads = 256;  // as many rows are read at once
+inline constexpr int kSumThreads = 256;  // 32 rows of them at a time
 
 // Grid: (columns / kSumColumns, wanted vectors).
 __global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(const __grid_constant__ BackwardParams p) {

@@ -143,6 +143,9 @@ def gated_delta_rule(
             the device.
         mode: ``"chunk"``, ``"recurrent"`` (token by token, for few tokens), or ``"auto"``: whichever is faster for each
             sequence's length. They agree to rounding; gradients are the same.
+            On CUDA only the recurrence without gradients has a kernel yet: ``"chunk"``, ``"auto"`` for more than 512
+            tokens of unpacked sequences, and whatever needs gradients are eager code, which waits for the device to
+            read ``cu_seqlens``.
         state_dtype: of the final state; None is initial_state's dtype, or float32 without one.
 
     Returns:
