@@ -52,6 +52,7 @@ struct ForwardParams {
   OutputTensor o;           // [B, T, Hv, V] T
   StateTensor final_state;  // wide or bf16, or not wanted
   Mode mode = Mode::automatic;
+  void* scratch = nullptr;  // scratch_elements() wide elements
 };
 
 // The rule token by token on states that are updated in place: initial_state is `state`, and so is final_state.
@@ -111,7 +112,8 @@ struct GatesBackwardParams {
 void forward(const ForwardParams& params, void* stream);
 void step(const StepParams& params, void* stream);
 void backward(const BackwardParams& params, void* stream);
-// How many wide elements of scratch memory `backward` takes.
+// How many wide elements of scratch memory each takes.
+int64_t scratch_elements(const ForwardParams& params);
 int64_t scratch_elements(const BackwardParams& params);
 void gates(const GatesParams& params, void* stream);
 void gates_backward(const GatesBackwardParams& params, void* stream);

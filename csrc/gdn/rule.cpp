@@ -26,6 +26,9 @@ std::tuple<Tensor, Tensor> gated_delta_rule(const Tensor& q_tensor, const Tensor
   params.o = output_tensor(o, q.dtype);
   auto [final_state, state] = empty_states(output_final_state, final_dtype, params.inputs, q);
   params.final_state = state;
+  const int64_t elements = scratch_elements(params);
+  const Tensor scratch = empty(&elements, 1, wide_dtype(q.dtype), q);
+  params.scratch = output_tensor(scratch, wide_dtype(q.dtype)).data;
   forward(params, scope.stream());
   return {o, final_state};
 }

@@ -120,6 +120,8 @@ void step(const StepParams& p, void*) {
                 [&](const Task& task, void* memory) { kernels.step(p, task, memory); });
 }
 
+int64_t scratch_elements(const ForwardParams&) { return 0; }  // each thread makes its own
+
 int64_t scratch_elements(const BackwardParams& p) { return state_elements(p.inputs) + 2 * group_elements(p.inputs); }
 
 void backward(const BackwardParams& p, void*) {

@@ -1,24 +1,16 @@
-// The CUDA side of gdn/params.h for the rule and its steps: both are the recurrent kernel.
+// The CUDA side of gdn/params.h for the rule, in chunks or token by token, and for its steps.
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 
+#include "gdn/cuda/aligned.h"
+#include "gdn/cuda/chunk.h"
 #include "gdn/cuda/recurrent.cuh"
+#include "gdn/cuda/scratch.h"
 
 namespace inlay::gdn {
 namespace cuda {
 namespace {
-
-bool aligned_pointer(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-bool aligned_tokens(const TokenTensor& tensor) {
-  const int64_t elements = 16 / size_of(tensor.dtype);
-  return aligned_pointer(tensor.data) && tensor.batch_stride % elements == 0 && tensor.token_stride % elements == 0 &&
-         tensor.head_stride % elements == 0;
-}
-
-bool aligned_state(const StateTensor& state) {
-  const int64_t elements = 16 / size_of(state.dtype);
-  return aligned_pointer(state.data) && state.sequence_stride % elements == 0 && state.head_stride % elements == 0;
-}
 
 template <typename T, int kRows>
 void launch(const RecurrentParams& p, void* stream) {
@@ -43,7 +35,7 @@ void launch(const RecurrentParams& p, void* stream) {
 void recurrent(RecurrentParams p, void* stream) {
   static_assert(kMaxHeadDim <= 32 * kRowGroups && kHeadDimMultiple == 8);
   const Inputs& in = p.inputs;
-  p.aligned = aligned_tokens(in.q) && aligned_tokens(in.k) && aligned_tokens(in.v) && aligned_state(p.before) &&
+  p.aligned = aligned_rows(in.q) && aligned_rows(in.k) && aligned_rows(in.v) && aligned_state(p.before) &&
               aligned_state(p.after) && aligned_pointer(p.every.data) && aligned_pointer(p.o.data);
   switch (in.q.dtype) {
     case DType::bf16:
@@ -57,15 +49,69 @@ void recurrent(RecurrentParams p, void* stream) {
   }
 }
 
+// Up to so many tokens a row, the recurrence is faster than the chunks' kernels.
+constexpr int64_t kRecurrentTokens = 8;
+
+bool has_16_bits(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+
+bool in_chunks(const ForwardParams& p) {
+  if (!has_16_bits(p.inputs.q.dtype)) return false;  // the matrix products are of 16-bit values
+  return p.mode == Mode::chunk || (p.mode == Mode::automatic && p.inputs.sequences.tokens > kRecurrentTokens);
+}
+
+void check_dtypes(const BackwardParams& p) {
+  const DType dtype = p.inputs.q.dtype;
+  if (!has_16_bits(dtype)) {
+    throw std::runtime_error(std::string("gated_delta_rule_bwd: q must be bfloat16 or float16 on CUDA, got ") +
+                             name_of(dtype));
+  }
+  if (p.dout.dtype != dtype) {
+    throw std::runtime_error(std::string("gated_delta_rule_bwd: dout must be q's ") + name_of(dtype) +
+                             " on CUDA, got " + name_of(p.dout.dtype));
+  }
+}
+
+// Calls use(a value of q's type, the number of K's columns that kernels are made for).
+template <class Use>
+void with_chunk_types(const Inputs& inputs, Use use) {
+  const auto with_keys = [&](auto type) {
+    if (inputs.key_dim <= 64) return use(type, std::integral_constant<int, 64>());
+    if (inputs.key_dim <= 128) return use(type, std::integral_constant<int, 128>());
+    return use(type, std::integral_constant<int, 256>());
+  };
+  if (inputs.q.dtype == DType::bf16) return with_keys(__nv_bfloat16());
+  return with_keys(__half());
+}
+
 }  // namespace
 }  // namespace cuda
 
+int64_t scratch_elements(const ForwardParams& params) {
+  return cuda::in_chunks(params) ? cuda::ChunkScratch(params.inputs, nullptr).bytes / 4 : 0;
+}
+
+int64_t scratch_elements(const BackwardParams& params) {
+  cuda::check_dtypes(params);
+  return cuda::BackwardScratch(params.inputs, nullptr).bytes / 4;
+}
+
 void forward(const ForwardParams& params, void* stream) {
+  if (cuda::in_chunks(params)) {
+    return cuda::with_chunk_types(params.inputs, [&](auto type, auto keys) {
+      cuda::chunk_forward<decltype(type), decltype(keys)::value>(params, stream);
+    });
+  }
   cuda::recurrent({params.inputs, params.o, params.inputs.initial_state, params.final_state, {}, false}, stream);
 }
 
 void step(const StepParams& params, void* stream) {
   cuda::recurrent({params.inputs, params.o, params.state, params.state, params.states_out, false}, stream);
+}
+
+void backward(const BackwardParams& params, void* stream) {
+  cuda::with_chunk_types(params.inputs, [&](auto type, auto keys) {
+    cuda::chunk_backward<decltype(type), decltype(keys)::value>(params, stream);
+  });
 }
 
 }  // namespace inlay::gdn

@@ -73,6 +73,8 @@ def _has_kernel(q: Tensor, cu_seqlens: Tensor | None, mode: str, needs_grad: boo
     """
     if q.device.type != "cuda":
         return True
+    if q.dtype != torch.float32:
+        return True
     few = cu_seqlens is not None or q.shape[1] <= _MAX_RECURRENT_TOKENS
     return not needs_grad and (mode == "recurrent" or (mode == "auto" and few))
 

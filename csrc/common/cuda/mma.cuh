@@ -1,0 +1,111 @@
+// Products of 16x16 by 16x8 on the tensor cores, and loads of their operands from shared memory; sm_80 and later.
+//
+// Lane 4 g + t holds, of the operands of c[16, 8] += a[16, 16] b[16, 8]:
+//   c: rows g, g + 8 x columns 2t, 2t + 1       c[0] c[1] (row g), c[2] c[3] (row g + 8)
+//   a: the same of columns 0-7 (a[0] row g, a[1] row g + 8) and of columns 8-15 (a[2], a[3]), two values a register
+//   b: column g x rows 2t, 2t + 1 (b0) and 2t + 8, 2t + 9 (b1)
+// So two neighbouring c of one product, rounded, are an a of the next, with no exchange between lanes.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cuda/vector.cuh"
+
+namespace inlay::cuda {
+
+using Fragment = uint32_t[4];     // an a, or the b of two neighbouring column tiles
+using Accumulator = float[4];     // a c
+
+template <typename T>
+__device__ inline uint32_t pack_pair(float low, float high) {
+  const float values[2] = {low, high};
+  const Packed<T, 2> packed = pack<T>(values);
+  return *reinterpret_cast<const uint32_t*>(&packed);
+}
+
+template <typename T>
+__device__ inline void unpack_pair(uint32_t word, float& low, float& high) {
+  const T* const values = reinterpret_cast<const T*>(&word);
+  low = to_float(values[0]);
+  high = to_float(values[1]);
+}
+
+template <typename T>
+__device__ inline void multiply_add(Accumulator& c, const Fragment& a, uint32_t b0, uint32_t b1) {
+  if constexpr (kDType<T> == DType::bf16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// Four 8x8 matrices; lane 8 i + j names row j of matrix i, 16 bytes. Of matrix i, r[i] holds row g, columns 2t, 2t + 1;
+// transposed: column g, rows 2t, 2t + 1.
+template <bool kTransposed>
+__device__ inline void load_matrices(Fragment& r, uint32_t row) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+  }
+}
+
+// An 8x8 matrix across the warp: row g, columns 2t, 2t + 1 becomes column g, rows 2t, 2t + 1.
+__device__ inline uint32_t transpose_matrix(uint32_t word) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
+  return transposed;
+}
+
+// The shared memory that the kernel is started with.
+__device__ inline char* dynamic_shared() {
+  extern __shared__ __align__(1024) char memory[];
+  return memory;
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline void store_shared(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ inline uint32_t load_shared_word(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// Copies 16 bytes in the background, or zeros.
+__device__ inline void copy_async_or_zero(uint32_t shared, const void* global, bool wanted) {
+  const int bytes = wanted ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+}  // namespace inlay::cuda

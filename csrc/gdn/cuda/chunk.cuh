@@ -1,0 +1,79 @@
+// The gated delta rule in chunks of 64 tokens, as matrix products of 16-bit values that are summed in float32.
+//
+// Per chunk and value head, with c the cumulated log decay, D_ij = exp(c_i - c_j) for i >= j and else 0, r the inverse
+// lengths of q's and k's rows (1 unless they are normalised) and S the state before the chunk:
+//
+//   inverse = (1 + M)^-1          M_ij = beta_i r_i r_j <k_i, k_j> D_ij for i > j
+//   scores_ij = scale r_i r_j <q_i, k_j> D_ij
+//   u = inverse (beta (v - k_in * k S))              k_in_i = r_i exp(c_i)
+//   o = q_in * q S + scores u                        q_in_i = scale r_i exp(c_i)
+//   S <- exp(c_end) S + k^T (k_out * u)              k_out_i = r_i exp(c_end - c_i)
+//
+// Only the lines with S go from chunk to chunk. The matrices and factors are computed for all chunks at once before, by
+// prepare_kernel; then scan_kernel walks over each head's chunks, its state in registers.
+#pragma once
+
+#include "common/cuda/launch.cuh"
+#include "common/cuda/tile.cuh"
+#include "gdn/cuda/scratch.h"
+
+namespace inlay::gdn::cuda {
+
+using namespace inlay::cuda;
+
+struct ChunkParams {
+  Inputs inputs;
+  Prepared prepared;
+  bool aligned;  // rows of q, k and v start at multiples of 16 bytes
+};
+
+// One chunk of a sequence.
+struct Chunk {
+  int64_t sequence;
+  int64_t batch;
+  int64_t token;   // its first
+  int tokens;      // at most kTokens; none: no chunk has this number
+};
+
+// The chunk of a number. Without a look at the offsets numbers have gaps (see Sequences), where this finds no tokens.
+__device__ inline Chunk chunk_at(const Sequences& sequences, int64_t number) {
+  int64_t low = 0;
+  if (sequences.offsets) {
+    int64_t high = sequences.count;  // the last sequence whose first chunk is not after `number`
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (sequences.first_chunk(middle, kChunk) <= number ? low : high) = middle;
+    }
+  } else {
+    low = number / ((sequences.tokens + kChunk - 1) / kChunk);
+  }
+  const Sequence sequence = sequences[low];
+  const int64_t token = sequence.begin + (number - sequences.first_chunk(low, kChunk)) * kChunk;
+  const int64_t left = sequence.end - token;
+  return {low, sequence.batch, token, token < sequence.begin || left <= 0 ? 0 : static_cast<int>(min(left, kChunk))};
+}
+
+template <typename T>
+__device__ inline TileSource<T> rows_of(const TokenTensor& tensor, const Chunk& chunk, int64_t head, int columns,
+                                        bool aligned) {
+  const T* const first = static_cast<const T*>(tensor.data) + tensor.offset(chunk.batch, chunk.token, head);
+  return {first, tensor.token_stride, chunk.tokens, columns, aligned};
+}
+
+// Lane 4 g + t hands its word i to lane 4 g + i, which puts it at t.
+__device__ inline void transpose_quad(Fragment& r) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const bool upper = t & step;
+      const uint32_t sent = upper ? r[i] : r[i | step];
+      const uint32_t received = __shfl_xor_sync(0xffffffffu, sent, step);
+      (upper ? r[i] : r[i | step]) = received;
+    }
+  }
+}
+
+}  // namespace inlay::gdn::cuda

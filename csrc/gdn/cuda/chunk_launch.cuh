@@ -1,0 +1,40 @@
+// What the launchers of the chunk kernels share.
+#pragma once
+
+#include "gdn/cuda/aligned.h"
+#include "gdn/cuda/chunk.h"
+#include "gdn/cuda/prepare.cuh"
+#include "gdn/cuda/scan.cuh"
+
+namespace inlay::gdn::cuda {
+
+template <typename T, int kKeys>
+void prepare(const ChunkParams& p, void* stream) {
+  const int64_t blocks = p.inputs.sequences.chunk_bound(kChunk) * p.inputs.key_heads;
+  if (blocks == 0 || p.inputs.sequences.tokens == 0) return;
+  start<prepare_kernel<T, kKeys>, kPrepareThreads, PrepareMemory<T, kKeys>::kBytes>(
+      p, dim3(static_cast<unsigned>(blocks)), stream);
+}
+
+template <int kWarps>
+unsigned scan_blocks(const Inputs& in) {
+  const int64_t parts = (in.value_dim + kWarps * kWarpColumns - 1) / (kWarps * kWarpColumns);
+  return static_cast<unsigned>(in.sequences.count * in.value_heads * parts);
+}
+
+// Calls use(how many warps a scan's blocks have). Few heads are split by columns over more blocks, each of which reads
+// all of k and q.
+template <class Use>
+void with_scan_warps(const Inputs& in, Use use) {
+  const int64_t heads = in.sequences.count * in.value_heads;
+  const int64_t columns = (in.value_dim + kWarpColumns - 1) / kWarpColumns * kWarpColumns;
+  const int64_t multiprocessors = multiprocessor_count();
+  const auto fills = [&](int64_t width) {  // three in four multiprocessors at least
+    return columns > width / 2 && 4 * heads * ((columns + width - 1) / width) >= 3 * multiprocessors;
+  };
+  if (fills(8 * kWarpColumns)) return use(std::integral_constant<int, 8>());
+  if (fills(4 * kWarpColumns)) return use(std::integral_constant<int, 4>());
+  return use(std::integral_constant<int, 2>());
+}
+
+}  // namespace inlay::gdn::cuda

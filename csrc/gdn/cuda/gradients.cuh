@@ -1,0 +1,415 @@
+// The gradients of q, k, g and beta, of all chunks at once, when the states before and the gradients of the states after
+// each chunk are known (scan.cuh, scan_backward.cuh). With their names, for one value head, S and G as they were there:
+//
+//   dscores = do u^T            dM = -w u^T                        both not above the diagonal, dM not on it either
+//   Y = dscores scale r_i r_j D                    N = dM beta_i r_i r_j D
+//   x = r dq = q_in * do S^T + Y k                 of q's normalised rows
+//   y = r dk = k_out * u G^T - beta k_in * w S^T + Y^T q + (N + N^T) k
+//   dq = x - r^2 q <q, x>, dk likewise             through the normalisation; without it x and y themselves
+//   dbeta_i = <w_i, v_i> - k_in_i <k_i, (w S^T)_i> + sum_j dM_ij M_ij / beta_i
+//   E = dscores * scores + dM * M
+//   dc_i = sum_j (E_ij - E_ji) + q_in_i <q_i, (do S^T)_i> - beta_i k_in_i <k_i, (w S^T)_i> - e_i
+//     with e_i = k_out_i <k_i, (u G^T)_i>, whose sum, with exp(c_end) <S, G>, comes to the last token's
+//   dg_i = dc_i + dc_{i+1} + ...
+//
+// (M's inverse needs no products of its own: inverse^T dinverse inverse^T = w u^T.)
+#pragma once
+
+#include "gdn/cuda/chunk.cuh"
+
+namespace inlay::gdn::cuda {
+
+inline constexpr int kGradientWarps = 8;  // four groups of 16 tokens by two halves of the columns
+inline constexpr int kGradientThreads = 32 * kGradientWarps;
+inline constexpr int kSlice = 64;  // columns of V at a time
+
+struct GradientParams {
+  ChunkParams chunk;
+  TokenTensor dout;
+  const void* u;        // [B, T, Hv, V] T
+  const void* w;        // the same
+  const void* states;   // [chunk number][Hv][V, K] T
+  const void* dstates;  // the same
+  OutputTensor dq;      // [B, T, Hk, K] T
+  OutputTensor dk;
+  OutputTensor dg;     // [B, T, Hv] float32
+  OutputTensor dbeta;  // [B, T, Hv]
+};
+
+template <typename T, int kKeys>
+struct GradientMemory {
+  static constexpr int kStages = kKeys > 128 ? 1 : 2;
+  using Rows = Tile<T, kTokens, kKeys>;
+  using States = Tile<T, kSlice, kKeys>;
+  using Slice = Tile<T, kTokens, kSlice>;
+  // Of a stage.
+  static constexpr int kDStates = States::kBytes;
+  static constexpr int kDout = 2 * States::kBytes;
+  static constexpr int kW = kDout + Slice::kBytes;
+  static constexpr int kU = kW + Slice::kBytes;
+  static constexpr int kV = kU + Slice::kBytes;
+  static constexpr int kStageBytes = kV + Slice::kBytes;
+  // Of the block.
+  static constexpr int kQueries = Rows::kBytes;
+  static constexpr int kStagesAt = 2 * Rows::kBytes;
+  static constexpr int kY = kStagesAt + kStages * kStageBytes;
+  static constexpr int kN = kY + Tile<T, kTokens, kTokens>::kBytes;
+  static constexpr int kFactorsAt = kN + Tile<T, kTokens, kTokens>::kBytes;
+  static constexpr int kSums = kFactorsAt + kFactors * kTokens * 4;
+  static constexpr int kSumRows = 16;
+  static constexpr int kBytes = kSums + kSumRows * kTokens * 4;
+};
+
+// What the warps of a block add up of each token: rows of float32 [kTokens], one for each warp that has a part of it.
+enum Sum : int { kQueryDot = 0, kKeyDot = 2, kStateDot = 4, kRowSum = 6, kBetaSum = 8, kColumnSum = 10, kValueDot = 14 };
+
+template <typename T, int kKeys>
+__global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __grid_constant__ GradientParams p) {
+  using Memory = GradientMemory<T, kKeys>;
+  constexpr int kTiles = kKeys / 16;  // of eight columns, that a warp has of K
+  const Inputs& in = p.chunk.inputs;
+  const int keys = static_cast<int>(in.key_dim), values = static_cast<int>(in.value_dim);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int token_group = warp % 4, half = warp / 4, first_row = token_group * 16, first_column = half * (kKeys / 2);
+  const int64_t number = blockIdx.x / in.key_heads, key_head = blockIdx.x - number * in.key_heads;
+  wait_for_predecessor();
+  release_successor();
+  const Chunk chunk = chunk_at(in.sequences, number);
+  if (chunk.tokens == 0) return;
+
+  char* const memory = dynamic_shared();
+  const uint32_t base = shared_address(memory);
+  const TileView<T, kTokens, kKeys> k_tile{base}, q_tile{base + Memory::kQueries};
+  const TileView<T, kTokens, kTokens> y_tile{base + Memory::kY}, n_tile{base + Memory::kN};
+  float(*const factors)[kTokens] = reinterpret_cast<float(*)[kTokens]>(memory + Memory::kFactorsAt);
+  float(*const sums)[kTokens] = reinterpret_cast<float(*)[kTokens]>(memory + Memory::kSums);
+  __shared__ float state_dots[kGradientWarps];
+  const int64_t token_row = chunk.batch * in.sequences.tokens + chunk.token;  // of dense [B * T, ...]
+  const int group = static_cast<int>(in.group()), slices = (values + kSlice - 1) / kSlice;
+
+  const auto fetch = [&](int index) {  // slices of the group's heads, one after another
+    if (index < group * slices) {
+      const int64_t head = key_head * group + index / slices, unit = number * in.value_heads + head;
+      const int column = index % slices * kSlice;
+      const uint32_t stage = base + Memory::kStagesAt + index % Memory::kStages * Memory::kStageBytes;
+      const auto fetch_states = [&](int offset, const void* states) {
+        const T* const first = static_cast<const T*>(states) + (unit * values + column) * keys;
+        fetch_tile<kGradientThreads>(TileView<T, kSlice, kKeys>{stage + offset},
+                                     TileSource<T>{first, keys, values - column, keys, true}, thread);
+      };
+      fetch_states(0, p.states);
+      fetch_states(Memory::kDStates, p.dstates);
+      const auto fetch_values = [&](int offset, TileSource<T> source) {
+        source.first += column;
+        source.columns -= column;
+        fetch_tile<kGradientThreads>(TileView<T, kTokens, kSlice>{stage + offset}, source, thread);
+      };
+      const auto dense = [&](const void* data) {
+        return TileSource<T>{static_cast<const T*>(data) + (token_row * in.value_heads + head) * values,
+                             in.value_heads * values, chunk.tokens, values, true};
+      };
+      fetch_values(Memory::kDout, rows_of<T>(p.dout, chunk, head, values, p.chunk.aligned));
+      fetch_values(Memory::kW, dense(p.w));
+      fetch_values(Memory::kU, dense(p.u));
+      fetch_values(Memory::kV, rows_of<T>(in.v, chunk, head, values, p.chunk.aligned));
+    }
+    commit_copies();
+  };
+  fetch_tile<kGradientThreads>(k_tile, rows_of<T>(in.k, chunk, key_head, keys, p.chunk.aligned), thread);
+  fetch_tile<kGradientThreads>(q_tile, rows_of<T>(in.q, chunk, key_head, keys, p.chunk.aligned), thread);
+  if (Memory::kStages > 1) fetch(0);
+
+  // The sum over a row's columns that this warp has, of an accumulator's rows times a tile's.
+  const auto row_dots = [&](const Accumulator(&c)[kTiles], const TileView<T, kTokens, kKeys>& tile, Sum sum) {
+    float dots[2] = {};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float low, high;
+        const uint32_t at = tile.address(first_row + i * 8 + g, first_column + n * 8) + 4 * t;
+        unpack_pair<T>(load_shared_word(at), low, high);
+        dots[i] += c[n][2 * i] * low + c[n][2 * i + 1] * high;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      dots[i] += __shfl_xor_sync(0xffffffffu, dots[i], 1);
+      dots[i] += __shfl_xor_sync(0xffffffffu, dots[i], 2);
+      if (t == 0) sums[sum + half][first_row + i * 8 + g] = dots[i];
+    }
+  };
+
+  Accumulator x[kTiles] = {}, y[kTiles] = {};  // of dq and dk, summed over the group's heads
+  for (int i = 0; i < group; ++i) {
+    const int64_t head = key_head * group + i, unit = number * in.value_heads + head;
+    Accumulator do_s[kTiles] = {}, w_s[kTiles] = {}, u_g[kTiles] = {};
+    Accumulator dscores[4] = {}, dm[4] = {};  // [16, 32]: the half's columns
+    float state_dot = 0.0f, value_dot = 0.0f;
+    for (int slice = 0; slice < slices; ++slice) {
+      const int index = i * slices + slice;
+      if (Memory::kStages == 1) {
+        fetch(index);
+        wait_for_copies<0>();
+      } else {
+        fetch(index + 1);
+        wait_for_copies<1>();
+      }
+      if (slice == 0) {
+        for (int j = thread; j < kFactors * kTokens; j += kGradientThreads) {
+          factors[0][j] = p.chunk.prepared.factors[unit * (kFactors * kTokens) + j];
+        }
+      }
+      __syncthreads();
+      const uint32_t stage = base + Memory::kStagesAt + index % Memory::kStages * Memory::kStageBytes;
+      const TileView<T, kSlice, kKeys> s_tile{stage}, g_tile{stage + Memory::kDStates};
+      const TileView<T, kTokens, kSlice> do_tile{stage + Memory::kDout}, w_tile{stage + Memory::kW};
+      const TileView<T, kTokens, kSlice> u_tile{stage + Memory::kU}, v_tile{stage + Memory::kV};
+#pragma unroll
+      for (int v = 0; v < kSlice; v += 16) {
+        Fragment do_rows, w_rows, u_rows, b;
+        do_tile.template load_rows_first<false>(do_rows, first_row, v);
+        w_tile.template load_rows_first<false>(w_rows, first_row, v);
+        u_tile.template load_rows_first<false>(u_rows, first_row, v);
+#pragma unroll
+        for (int pair = 0; pair < kTiles / 2; ++pair) {
+          s_tile.template load_rows_first<true>(b, v, first_column + pair * 16);
+          multiply_add<T>(do_s[2 * pair], do_rows, b[0], b[1]);
+          multiply_add<T>(do_s[2 * pair + 1], do_rows, b[2], b[3]);
+          multiply_add<T>(w_s[2 * pair], w_rows, b[0], b[1]);
+          multiply_add<T>(w_s[2 * pair + 1], w_rows, b[2], b[3]);
+          g_tile.template load_rows_first<true>(b, v, first_column + pair * 16);
+          multiply_add<T>(u_g[2 * pair], u_rows, b[0], b[1]);
+          multiply_add<T>(u_g[2 * pair + 1], u_rows, b[2], b[3]);
+        }
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          if (half * 2 + pair > token_group) continue;  // above the diagonal
+          u_tile.template load_columns_first<false>(b, half * 32 + pair * 16, v);
+          multiply_add<T>(dscores[2 * pair], do_rows, b[0], b[1]);
+          multiply_add<T>(dscores[2 * pair + 1], do_rows, b[2], b[3]);
+          multiply_add<T>(dm[2 * pair], w_rows, b[0], b[1]);
+          multiply_add<T>(dm[2 * pair + 1], w_rows, b[2], b[3]);
+        }
+      }
+      const auto dot_of_pieces = [&](uint32_t a, uint32_t b) {
+        const uint4 first = load_shared(a), second = load_shared(b);
+        const uint32_t left[4] = {first.x, first.y, first.z, first.w};
+        const uint32_t right[4] = {second.x, second.y, second.z, second.w};
+        float dot = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float a_low, a_high, b_low, b_high;
+          unpack_pair<T>(left[j], a_low, a_high);
+          unpack_pair<T>(right[j], b_low, b_high);
+          dot += a_low * b_low + a_high * b_high;
+        }
+        return dot;
+      };
+      for (int j = thread; j < kSlice * kKeys / 8; j += kGradientThreads) {
+        state_dot += dot_of_pieces(s_tile.base + j * 16, g_tile.base + j * 16);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {  // four threads a row
+        const int column = (thread % 4 * 2 + j) * 8;
+        value_dot += dot_of_pieces(w_tile.address(thread / 4, column), v_tile.address(thread / 4, column));
+      }
+      if (slice + 1 < slices) __syncthreads();  // before the tiles are overwritten
+    }
+
+    value_dot += __shfl_xor_sync(0xffffffffu, value_dot, 1);
+    value_dot += __shfl_xor_sync(0xffffffffu, value_dot, 2);
+    if (thread % 4 == 0) sums[kValueDot][thread / 4] = value_dot;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) state_dot += __shfl_xor_sync(0xffffffffu, state_dot, offset);
+    if (lane == 0) state_dots[warp] = state_dot;
+    row_dots(do_s, q_tile, kQueryDot);
+    row_dots(w_s, k_tile, kKeyDot);
+    row_dots(u_g, k_tile, kStateDot);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int row = first_row + j / 2 * 8 + g;
+        x[n][j] += factors[kQueryIn][row] * do_s[n][j];
+        y[n][j] += factors[kKeyOut][row] * u_g[n][j] - factors[kBeta][row] * factors[kKeyIn][row] * w_s[n][j];
+      }
+    }
+
+    Accumulator kk[4] = {}, qk[4] = {};
+#pragma unroll
+    for (int column = 0; column < kKeys; column += 16) {
+      Fragment k_rows, q_rows, b;
+      k_tile.template load_rows_first<false>(k_rows, first_row, column);
+      q_tile.template load_rows_first<false>(q_rows, first_row, column);
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        if (half * 2 + pair > token_group) continue;
+        k_tile.template load_columns_first<false>(b, half * 32 + pair * 16, column);
+        multiply_add<T>(kk[2 * pair], k_rows, b[0], b[1]);
+        multiply_add<T>(kk[2 * pair + 1], k_rows, b[2], b[3]);
+        multiply_add<T>(qk[2 * pair], q_rows, b[0], b[1]);
+        multiply_add<T>(qk[2 * pair + 1], q_rows, b[2], b[3]);
+      }
+    }
+    float row_sums[2] = {}, beta_sums[2] = {};
+    const float scale = static_cast<float>(in.scale);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      float column_sums[2] = {};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = first_row + j * 8 + g;
+        float own_y[2], own_n[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = half * 32 + n * 8 + 2 * t + c;
+          const bool below = row > column, not_above = row >= column;
+          const float decay = not_above ? expf(factors[kLogDecay][row] - factors[kLogDecay][column]) : 0.0f;
+          const float key_decay = decay * factors[kKeyLength][column];
+          const float score_factor = not_above ? scale * factors[kQueryLength][row] * key_decay : 0.0f;
+          const float system_factor = below ? factors[kKeyLength][row] * key_decay : 0.0f;
+          const float dscore = dscores[n][2 * j + c], dentry = -dm[n][2 * j + c];
+          const float beta = factors[kBeta][row];
+          own_y[c] = not_above ? dscore * score_factor : 0.0f;
+          own_n[c] = below ? dentry * beta * system_factor : 0.0f;
+          const float without_beta = below ? dentry * system_factor * kk[n][2 * j + c] : 0.0f;
+          const float e = (not_above ? own_y[c] * qk[n][2 * j + c] : 0.0f) + beta * without_beta;
+          row_sums[j] += e;
+          beta_sums[j] += without_beta;
+          column_sums[c] += e;
+        }
+        const int column = half * 32 + n * 8;
+        store_shared(y_tile.address(row, column) + 4 * t, pack_pair<T>(own_y[0], own_y[1]));
+        store_shared(n_tile.address(row, column) + 4 * t, pack_pair<T>(own_n[0], own_n[1]));
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) {
+          column_sums[c] += __shfl_xor_sync(0xffffffffu, column_sums[c], offset);
+        }
+        if (g == 0) sums[kColumnSum + token_group][half * 32 + n * 8 + 2 * t + c] = column_sums[c];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int offset = 1; offset < 4; offset *= 2) {
+        row_sums[j] += __shfl_xor_sync(0xffffffffu, row_sums[j], offset);
+        beta_sums[j] += __shfl_xor_sync(0xffffffffu, beta_sums[j], offset);
+      }
+      if (t == 0) {
+        sums[kRowSum + half][first_row + j * 8 + g] = row_sums[j];
+        sums[kBetaSum + half][first_row + j * 8 + g] = beta_sums[j];
+      }
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int k = 0; k < kTokens / 16; ++k) {
+      Fragment y_rows, n_rows, y_columns, n_columns, b;
+      if (k <= token_group) {
+        y_tile.template load_rows_first<false>(y_rows, first_row, k * 16);
+        n_tile.template load_rows_first<false>(n_rows, first_row, k * 16);
+      }
+      if (k >= token_group) {
+        y_tile.template load_columns_first<true>(y_columns, k * 16, first_row);
+        n_tile.template load_columns_first<true>(n_columns, k * 16, first_row);
+      }
+#pragma unroll
+      for (int pair = 0; pair < kTiles / 2; ++pair) {
+        k_tile.template load_rows_first<true>(b, k * 16, first_column + pair * 16);
+        if (k <= token_group) {
+          multiply_add<T>(x[2 * pair], y_rows, b[0], b[1]);
+          multiply_add<T>(x[2 * pair + 1], y_rows, b[2], b[3]);
+          multiply_add<T>(y[2 * pair], n_rows, b[0], b[1]);
+          multiply_add<T>(y[2 * pair + 1], n_rows, b[2], b[3]);
+        }
+        if (k >= token_group) {
+          multiply_add<T>(y[2 * pair], n_columns, b[0], b[1]);
+          multiply_add<T>(y[2 * pair + 1], n_columns, b[2], b[3]);
+          q_tile.template load_rows_first<true>(b, k * 16, first_column + pair * 16);
+          multiply_add<T>(y[2 * pair], y_columns, b[0], b[1]);
+          multiply_add<T>(y[2 * pair + 1], y_columns, b[2], b[3]);
+        }
+      }
+    }
+    if (warp == 0) {  // dg and dbeta, two tokens a lane
+      float dc[2], end = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = 2 * lane + j;
+        const auto both = [&](Sum sum) { return sums[sum][row] + sums[sum + 1][row]; };
+        float column_sum = 0.0f;
+#pragma unroll
+        for (int rows = 0; rows < 4; ++rows) column_sum += row < rows * 16 + 16 ? sums[kColumnSum + rows][row] : 0.0f;
+        const float row_sum = sums[kRowSum][row] + (row >= 32 ? sums[kRowSum + 1][row] : 0.0f);
+        const float beta_sum = sums[kBetaSum][row] + (row >= 32 ? sums[kBetaSum + 1][row] : 0.0f);
+        const float read = factors[kKeyIn][row] * both(kKeyDot), kept = factors[kKeyOut][row] * both(kStateDot);
+        dc[j] = row_sum - column_sum + factors[kQueryIn][row] * both(kQueryDot) - factors[kBeta][row] * read - kept;
+        end += kept;
+        const float dbeta[1] = {sums[kValueDot][row] - read + beta_sum};
+        if (row < chunk.tokens) {
+          store_from_float(p.dbeta.data, p.dbeta.dtype, (token_row + row) * in.value_heads + head, dbeta);
+        }
+      }
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) end += __shfl_xor_sync(0xffffffffu, end, offset);
+      float dot = 0.0f;
+#pragma unroll
+      for (const float part : state_dots) dot += part;
+      if (lane == 31) dc[1] += end + expf(factors[kLogDecay][kTokens - 1]) * dot;
+      float sum = dc[0] + dc[1];  // of this lane's tokens and all after them
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const float after = __shfl_down_sync(0xffffffffu, sum, offset);
+        if (lane + offset < 32) sum += after;
+      }
+      const float after = __shfl_down_sync(0xffffffffu, sum, 1);
+      const float dg[2] = {sum, dc[1] + (lane < 31 ? after : 0.0f)};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = 2 * lane + j;
+        if (row < chunk.tokens) static_cast<float*>(p.dg.data)[(token_row + row) * in.value_heads + head] = dg[j];
+      }
+    }
+    __syncthreads();  // before the sums, factors and tiles are overwritten
+  }
+
+  if (in.l2norm_qk) {
+    row_dots(x, q_tile, kQueryDot);
+    row_dots(y, k_tile, kKeyDot);
+    __syncthreads();
+  }
+  const auto write = [&](const Accumulator(&c)[kTiles], const TileView<T, kTokens, kKeys>& tile, Factor length, Sum sum,
+                         void* output) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + i * 8 + g;
+      const float own = factors[length][row];
+      const float along = in.l2norm_qk ? own * own * (sums[sum][row] + sums[sum + 1][row]) : 0.0f;
+      T* const target = static_cast<T*>(output) + ((token_row + row) * in.key_heads + key_head) * keys;
+#pragma unroll
+      for (int quad = 0; quad < kTiles / 4; ++quad) {
+        Fragment words;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int n = quad * 4 + j;
+          float low, high;
+          unpack_pair<T>(load_shared_word(tile.address(row, first_column + n * 8) + 4 * t), low, high);
+          words[j] = pack_pair<T>(c[n][2 * i] - along * low, c[n][2 * i + 1] - along * high);
+        }
+        transpose_quad(words);
+        const int column = first_column + (quad * 4 + t) * 8;
+        if (row < chunk.tokens && column < keys) {
+          *reinterpret_cast<uint4*>(target + column) = uint4{words[0], words[1], words[2], words[3]};
+        }
+      }
+    }
+  };
+  write(x, q_tile, kQueryLength, kQueryDot, p.dq.data);
+  write(y, k_tile, kKeyLength, kKeyDot, p.dk.data);
+}
+
+}  // namespace inlay::gdn::cuda
