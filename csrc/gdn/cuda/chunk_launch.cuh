@@ -27,14 +27,9 @@ unsigned scan_blocks(const Inputs& in) {
 template <class Use>
 void with_scan_warps(const Inputs& in, Use use) {
   const int64_t heads = in.sequences.count * in.value_heads;
-  const int64_t columns = (in.value_dim + kWarpColumns - 1) / kWarpColumns * kWarpColumns;
-  const int64_t multiprocessors = multiprocessor_count();
-  const auto fills = [&](int64_t width) {  // three in four multiprocessors at least
-    return columns > width / 2 && 4 * heads * ((columns + width - 1) / width) >= 3 * multiprocessors;
-  };
-  if (fills(8 * kWarpColumns)) return use(std::integral_constant<int, 8>());
-  if (fills(4 * kWarpColumns)) return use(std::integral_constant<int, 4>());
-  return use(std::integral_constant<int, 2>());
+  const bool fills = 4 * heads * ((in.value_dim + 127) / 128) >= 3 * multiprocessor_count();
+  if (in.value_dim > 64 && fills) return use(std::integral_constant<int, 8>());
+  return use(std::integral_constant<int, 4>());
 }
 
 }  // namespace inlay::gdn::cuda

@@ -15,6 +15,7 @@
 // (M's inverse needs no products of its own: inverse^T dinverse inverse^T = w u^T.)
 #pragma once
 
+#include "common/cuda/warpgroup.cuh"
 #include "gdn/cuda/chunk.cuh"
 
 namespace inlay::gdn::cuda {
@@ -62,6 +63,17 @@ struct GradientMemory {
 
 // What the warps of a block add up of each token: rows of float32 [kTokens], one for each warp that has a part of it.
 enum Sum : int { kQueryDot = 0, kKeyDot = 2, kStateDot = 4, kRowSum = 6, kBetaSum = 8, kColumnSum = 10, kValueDot = 14 };
+
+// Starts c[64, kKeys / 2] += a's step times that half of a tile's columns.
+template <typename T, int kKeys, class A>
+__device__ __forceinline__ void start_times_half(Accumulator (&c)[kKeys / 16], const A& a, int step,
+                                                 const TileView<T, 64, kKeys>& tile, int half) {
+  constexpr int kTiles = kKeys / 16 < 8 ? kKeys / 16 : 8;
+#pragma unroll
+  for (int first = 0; first < kKeys / 16; first += kTiles) {
+    multiply_by_columns<kTiles>(c + first, a, step, tile, step * 16, half * (kKeys / 2) + first * 8);
+  }
+}
 
 template <typename T, int kKeys>
 __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __grid_constant__ GradientParams p) {
@@ -160,38 +172,22 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
           factors[0][j] = p.chunk.prepared.factors[unit * (kFactors * kTokens) + j];
         }
       }
+      publish_shared();
       __syncthreads();
       const uint32_t stage = base + Memory::kStagesAt + index % Memory::kStages * Memory::kStageBytes;
       const TileView<T, kSlice, kKeys> s_tile{stage}, g_tile{stage + Memory::kDStates};
       const TileView<T, kTokens, kSlice> do_tile{stage + Memory::kDout}, w_tile{stage + Memory::kW};
       const TileView<T, kTokens, kSlice> u_tile{stage + Memory::kU}, v_tile{stage + Memory::kV};
+begin_products();
 #pragma unroll
-      for (int v = 0; v < kSlice; v += 16) {
-        Fragment do_rows, w_rows, u_rows, b;
-        do_tile.template load_rows_first<false>(do_rows, first_row, v);
-        w_tile.template load_rows_first<false>(w_rows, first_row, v);
-        u_tile.template load_rows_first<false>(u_rows, first_row, v);
-#pragma unroll
-        for (int pair = 0; pair < kTiles / 2; ++pair) {
-          s_tile.template load_rows_first<true>(b, v, first_column + pair * 16);
-          multiply_add<T>(do_s[2 * pair], do_rows, b[0], b[1]);
-          multiply_add<T>(do_s[2 * pair + 1], do_rows, b[2], b[3]);
-          multiply_add<T>(w_s[2 * pair], w_rows, b[0], b[1]);
-          multiply_add<T>(w_s[2 * pair + 1], w_rows, b[2], b[3]);
-          g_tile.template load_rows_first<true>(b, v, first_column + pair * 16);
-          multiply_add<T>(u_g[2 * pair], u_rows, b[0], b[1]);
-          multiply_add<T>(u_g[2 * pair + 1], u_rows, b[2], b[3]);
-        }
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          if (half * 2 + pair > token_group) continue;  // above the diagonal
-          u_tile.template load_columns_first<false>(b, half * 32 + pair * 16, v);
-          multiply_add<T>(dscores[2 * pair], do_rows, b[0], b[1]);
-          multiply_add<T>(dscores[2 * pair + 1], do_rows, b[2], b[3]);
-          multiply_add<T>(dm[2 * pair], w_rows, b[0], b[1]);
-          multiply_add<T>(dm[2 * pair + 1], w_rows, b[2], b[3]);
-        }
+      for (int v = 0; v < kSlice / 16; ++v) {
+        start_times_half(do_s, RowsOf<T, kTokens, kSlice>{do_tile, 0}, v, s_tile, half);
+        start_times_half(w_s, RowsOf<T, kTokens, kSlice>{w_tile, 0}, v, s_tile, half);
+        start_times_half(u_g, RowsOf<T, kTokens, kSlice>{u_tile, 0}, v, g_tile, half);
+        multiply_by_rows<4>(dscores, RowsOf<T, kTokens, kSlice>{do_tile, 0}, v, u_tile, half * 32, v * 16);
+        multiply_by_rows<4>(dm, RowsOf<T, kTokens, kSlice>{w_tile, 0}, v, u_tile, half * 32, v * 16);
       }
+      commit_products();
       const auto dot_of_pieces = [&](uint32_t a, uint32_t b) {
         const uint4 first = load_shared(a), second = load_shared(b);
         const uint32_t left[4] = {first.x, first.y, first.z, first.w};
@@ -214,9 +210,23 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
         const int column = (thread % 4 * 2 + j) * 8;
         value_dot += dot_of_pieces(w_tile.address(thread / 4, column), v_tile.address(thread / 4, column));
       }
+      wait_for_products<0>();
+      keep(do_s);
+      keep(w_s);
+      keep(u_g);
+      keep(dscores);
+      keep(dm);
       if (slice + 1 < slices) __syncthreads();  // before the tiles are overwritten
     }
 
+    Accumulator kk[4], qk[4];
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      multiply_by_rows<4>(kk, RowsOf<T, kTokens, kKeys>{k_tile, 0}, k, k_tile, half * 32, k * 16, k == 0);
+      multiply_by_rows<4>(qk, RowsOf<T, kTokens, kKeys>{q_tile, 0}, k, k_tile, half * 32, k * 16, k == 0);
+    }
+    commit_products();
     value_dot += __shfl_xor_sync(0xffffffffu, value_dot, 1);
     value_dot += __shfl_xor_sync(0xffffffffu, value_dot, 2);
     if (thread % 4 == 0) sums[kValueDot][thread / 4] = value_dot;
@@ -235,23 +245,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
         y[n][j] += factors[kKeyOut][row] * u_g[n][j] - factors[kBeta][row] * factors[kKeyIn][row] * w_s[n][j];
       }
     }
+    wait_for_products<0>();
+    keep(kk);
+    keep(qk);
 
-    Accumulator kk[4] = {}, qk[4] = {};
-#pragma unroll
-    for (int column = 0; column < kKeys; column += 16) {
-      Fragment k_rows, q_rows, b;
-      k_tile.template load_rows_first<false>(k_rows, first_row, column);
-      q_tile.template load_rows_first<false>(q_rows, first_row, column);
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        if (half * 2 + pair > token_group) continue;
-        k_tile.template load_columns_first<false>(b, half * 32 + pair * 16, column);
-        multiply_add<T>(kk[2 * pair], k_rows, b[0], b[1]);
-        multiply_add<T>(kk[2 * pair + 1], k_rows, b[2], b[3]);
-        multiply_add<T>(qk[2 * pair], q_rows, b[0], b[1]);
-        multiply_add<T>(qk[2 * pair + 1], q_rows, b[2], b[3]);
-      }
-    }
     float row_sums[2] = {}, beta_sums[2] = {};
     const float scale = static_cast<float>(in.scale);
 #pragma unroll
@@ -304,37 +301,18 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
         sums[kBetaSum + half][first_row + j * 8 + g] = beta_sums[j];
       }
     }
+    publish_shared();
     __syncthreads();
 
+    begin_products();
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
-      Fragment y_rows, n_rows, y_columns, n_columns, b;
-      if (k <= token_group) {
-        y_tile.template load_rows_first<false>(y_rows, first_row, k * 16);
-        n_tile.template load_rows_first<false>(n_rows, first_row, k * 16);
-      }
-      if (k >= token_group) {
-        y_tile.template load_columns_first<true>(y_columns, k * 16, first_row);
-        n_tile.template load_columns_first<true>(n_columns, k * 16, first_row);
-      }
-#pragma unroll
-      for (int pair = 0; pair < kTiles / 2; ++pair) {
-        k_tile.template load_rows_first<true>(b, k * 16, first_column + pair * 16);
-        if (k <= token_group) {
-          multiply_add<T>(x[2 * pair], y_rows, b[0], b[1]);
-          multiply_add<T>(x[2 * pair + 1], y_rows, b[2], b[3]);
-          multiply_add<T>(y[2 * pair], n_rows, b[0], b[1]);
-          multiply_add<T>(y[2 * pair + 1], n_rows, b[2], b[3]);
-        }
-        if (k >= token_group) {
-          multiply_add<T>(y[2 * pair], n_columns, b[0], b[1]);
-          multiply_add<T>(y[2 * pair + 1], n_columns, b[2], b[3]);
-          q_tile.template load_rows_first<true>(b, k * 16, first_column + pair * 16);
-          multiply_add<T>(y[2 * pair], y_columns, b[0], b[1]);
-          multiply_add<T>(y[2 * pair + 1], y_columns, b[2], b[3]);
-        }
-      }
+      start_times_half(x, RowsOf<T, kTokens, kTokens>{y_tile, 0}, k, k_tile, half);
+      start_times_half(y, RowsOf<T, kTokens, kTokens>{n_tile, 0}, k, k_tile, half);
+      start_times_half(y, ColumnsOf<T, kTokens, kTokens>{n_tile}, k, k_tile, half);
+      start_times_half(y, ColumnsOf<T, kTokens, kTokens>{y_tile}, k, q_tile, half);
     }
+    commit_products();
     if (warp == 0) {  // dg and dbeta, two tokens a lane
       float dc[2], end = 0.0f;
 #pragma unroll
@@ -374,6 +352,9 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
         if (row < chunk.tokens) static_cast<float*>(p.dg.data)[(token_row + row) * in.value_heads + head] = dg[j];
       }
     }
+    wait_for_products<0>();
+    keep(x);
+    keep(y);
     __syncthreads();  // before the sums, factors and tiles are overwritten
   }
 

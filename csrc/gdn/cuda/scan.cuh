@@ -1,7 +1,7 @@
 // The walk over a head's chunks: see chunk.cuh for the formulas.
 //
-// Everything is transposed, so that a warp has 16 of the state's columns, as rows, from the first chunk to the last in
-// registers, and what one product gives is an operand of the next. Columns do not see each other: warps share the
+// Everything is transposed, so that four warps have 64 of the state's columns, as rows, from the first chunk to the last
+// in registers, and what one product gives is an operand of the next. Columns do not see each other: warps share the
 // chunk's tiles, and exchange nothing.
 #pragma once
 
@@ -71,6 +71,15 @@ __device__ inline void fetch_lower(TileView<T, kTokens, kTokens> tile, const T* 
   }
 }
 
+// Their zeros above it, which no fetch touches.
+template <int kThreads, typename T>
+__device__ inline void clear_upper(TileView<T, kTokens, kTokens> tile, unsigned thread) {
+  for (unsigned i = thread; i < kTokens * 8; i += kThreads) {
+    const unsigned row = i / 8, column = i % 8 * 8;
+    if (column / 16 > row / 16) store_shared(tile.address(row, column), uint4{0, 0, 0, 0});
+  }
+}
+
 template <int kThreads>
 __device__ inline void fetch_factors(const float* shared, const float* source, int rows, unsigned thread) {
   for (unsigned i = thread; i < rows * kTokens / 4; i += kThreads) {
@@ -99,8 +108,19 @@ __device__ inline void store_token_rows(T* output, const TileView<T, kTokens, kC
   }
 }
 
+// Starts c += or = x^T matrix^T. The zeros above the diagonal are multiplied too: parts of c as operands of their own
+// make the compiler wait after each product.
+template <typename T>
+__device__ __forceinline__ void start_times_transposed(Accumulator (&c)[kTokens / 8], const Fragment (&x)[kTokens / 16],
+                                                       const TileView<T, kTokens, kTokens>& matrix, bool fresh) {
+#pragma unroll
+  for (int k = 0; k < kTokens / 16; ++k) {
+    multiply_by_rows<kTokens / 8>(c, InRegisters{x}, k, matrix, 0, k * 16, fresh && k == 0);
+  }
+}
+
 template <typename T, int kKeys, int kWarps, Scan kScan>
-__global__ void __launch_bounds__(32 * kWarps) scan_kernel(const __grid_constant__ ScanParams p) {
+__global__ void __launch_bounds__(32 * kWarps, 1) scan_kernel(const __grid_constant__ ScanParams p) {
   using Memory = ScanMemory<T, kKeys, kWarps, kScan>;
   using Stage = ScanStage<T, kKeys, kWarps, kScan>;
   constexpr int kThreads = 32 * kWarps, kTokenTiles = kTokens / 8;
@@ -150,30 +170,39 @@ __global__ void __launch_bounds__(32 * kWarps) scan_kernel(const __grid_constant
 
   StateColumns<kKeys> state;  // of S^T: rows are columns of S
   state.load(in.initial_state, in.initial_state.offset(sequence_number, head), keys, values, column);
+  for (int i = 0; i < Memory::kStages; ++i) {
+    clear_upper<kThreads>(Stage(memory, i).inverse, thread);
+    if constexpr (kOutputs) clear_upper<kThreads>(Stage(memory, i).scores, thread);
+  }
   fetch(0);
   for (int64_t index = 0; index < chunks; ++index) {
     fetch(index + 1);
     wait_for_copies<1>();
+    publish_shared();
     __syncthreads();
     const Stage stage(memory, index % Memory::kStages);
     const Chunk chunk = chunk_of(index);
 
     Fragment s[kKeys / 16];
     state.template round<T>(s);
-    if constexpr (!kOutputs) {
-      state.template store_rows<T>(static_cast<T*>(p.states) + unit_of(index) * keys * values, s, keys, values, column);
-    }
-    Accumulator product[kTokenTiles] = {};
+    Accumulator read[kTokenTiles], o[kTokenTiles];
+    begin_products();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-#pragma unroll
-      for (int pair = 0; pair < kTokens / 16; ++pair) {
-        Fragment b;
-        stage.keys.template load_columns_first<false>(b, pair * 16, k * 16);
-        multiply_add<T>(product[2 * pair], s[k], b[0], b[1]);
-        multiply_add<T>(product[2 * pair + 1], s[k], b[2], b[3]);
-      }
+      multiply_by_rows<kTokenTiles>(read, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
     }
+    commit_products();
+    if constexpr (kOutputs) {
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k) {
+        multiply_by_rows<kTokenTiles>(o, InRegisters{s}, k, stage.queries, 0, k * 16, k == 0);
+      }
+      commit_products();
+    } else {
+      state.template store_rows<T>(static_cast<T*>(p.states) + unit_of(index) * keys * values, s, keys, values, column);
+    }
+    wait_for_products<kOutputs ? 1 : 0>();
+    keep(read);
     Fragment u[kTokens / 16];  // first the right side of the system
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
@@ -185,24 +214,27 @@ __global__ void __launch_bounds__(32 * kWarps) scan_kernel(const __grid_constant
         const float2 key_in = factor_pair(stage.factors, kKeyIn, tile), beta = factor_pair(stage.factors, kBeta, tile);
         float low, high;
         unpack_pair<T>(v[i], low, high);
-        u[k][i] = pack_pair<T>(beta.x * (low - key_in.x * product[tile][i % 2 * 2]),
-                               beta.y * (high - key_in.y * product[tile][i % 2 * 2 + 1]));
+        u[k][i] = pack_pair<T>(beta.x * (low - key_in.x * read[tile][i % 2 * 2]),
+                               beta.y * (high - key_in.y * read[tile][i % 2 * 2 + 1]));
       }
     }
-    const auto times_lower = [&](Accumulator(&c)[kTokenTiles], const TileView<T, kTokens, kTokens>& matrix) {
+    Accumulator solved[kTokenTiles];
+    begin_products();
+    start_times_transposed(solved, u, stage.inverse, true);
+    commit_products();
+    state.scale(expf(stage.factors[kLogDecay * kTokens + kTokens - 1]));
+    if constexpr (kOutputs) {
+      wait_for_products<1>();
+      keep(o);
 #pragma unroll
-      for (int k = 0; k < kTokens / 16; ++k) {
+      for (int tile = 0; tile < kTokenTiles; ++tile) {
+        const float2 query_in = factor_pair(stage.factors, kQueryIn, tile);
 #pragma unroll
-        for (int pair = k; pair < kTokens / 16; ++pair) {
-          Fragment b;
-          matrix.template load_columns_first<false>(b, pair * 16, k * 16);
-          multiply_add<T>(c[2 * pair], u[k], b[0], b[1]);
-          multiply_add<T>(c[2 * pair + 1], u[k], b[2], b[3]);
-        }
+        for (int i = 0; i < 4; ++i) o[tile][i] *= i % 2 ? query_in.y : query_in.x;
       }
-    };
-    Accumulator solved[kTokenTiles] = {};
-    times_lower(solved, stage.inverse);
+    }
+    wait_for_products<0>();
+    keep(solved);
     Fragment written[kTokens / 16];
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
@@ -215,25 +247,16 @@ __global__ void __launch_bounds__(32 * kWarps) scan_kernel(const __grid_constant
         written[k][i] = pack_pair<T>(low * key_out.x, high * key_out.y);
       }
     }
+    begin_products();
     if constexpr (kOutputs) {
-      Accumulator o[kTokenTiles] = {};
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) {
-#pragma unroll
-        for (int pair = 0; pair < kTokens / 16; ++pair) {
-          Fragment b;
-          stage.queries.template load_columns_first<false>(b, pair * 16, k * 16);
-          multiply_add<T>(o[2 * pair], s[k], b[0], b[1]);
-          multiply_add<T>(o[2 * pair + 1], s[k], b[2], b[3]);
-        }
-      }
-#pragma unroll
-      for (int tile = 0; tile < kTokenTiles; ++tile) {
-        const float2 query_in = factor_pair(stage.factors, kQueryIn, tile);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[tile][i] *= i % 2 ? query_in.y : query_in.x;
-      }
-      times_lower(o, stage.scores);
+      start_times_transposed(o, u, stage.scores, false);
+      commit_products();
+    }
+    state.template start_adding<T>(written, stage.keys);
+    commit_products();
+    if constexpr (kOutputs) {
+      wait_for_products<1>();
+      keep(o);
 #pragma unroll
       for (int k = 0; k < kTokens / 16; ++k) {
 #pragma unroll
@@ -244,9 +267,8 @@ __global__ void __launch_bounds__(32 * kWarps) scan_kernel(const __grid_constant
     }
     store_columns<T>(stage.values, tile_column, u);
     store_token_rows<T>(static_cast<T*>(p.o.data), stage.values, tile_column, in, chunk, head, column);
-
-    state.scale(expf(stage.factors[kLogDecay * kTokens + kTokens - 1]));
-    state.template add_product<T>(written, stage.keys);
+    wait_for_products<0>();
+    keep(state.tiles);
     __syncthreads();
   }
   if (p.final_state.data) {

@@ -21,8 +21,18 @@ struct ScanBackwardParams {
   void* dstates;    // [chunk number][Hv][V, K] T, of the states after each chunk
 };
 
+// Starts c += or = x^T matrix.
+template <typename T>
+__device__ __forceinline__ void start_times(Accumulator (&c)[kTokens / 8], const Fragment (&x)[kTokens / 16],
+                                            const TileView<T, kTokens, kTokens>& matrix, bool fresh) {
+#pragma unroll
+  for (int k = 0; k < kTokens / 16; ++k) {
+    multiply_by_columns<kTokens / 8>(c, InRegisters{x}, k, matrix, k * 16, 0, fresh && k == 0);
+  }
+}
+
 template <typename T, int kKeys, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps) scan_backward_kernel(const __grid_constant__ ScanBackwardParams p) {
+__global__ void __launch_bounds__(32 * kWarps, 1) scan_backward_kernel(const __grid_constant__ ScanBackwardParams p) {
   using Memory = ScanMemory<T, kKeys, kWarps, Scan::outputs>;  // with do in place of v
   using Stage = ScanStage<T, kKeys, kWarps, Scan::outputs>;
   constexpr int kThreads = 32 * kWarps, kTokenTiles = kTokens / 8;
@@ -69,52 +79,60 @@ __global__ void __launch_bounds__(32 * kWarps) scan_backward_kernel(const __grid
 
   StateColumns<kKeys> gradient;
   gradient.load(p.dfinal_state, p.dfinal_state.offset(sequence_number, head), keys, values, column);
+  for (int i = 0; i < Memory::kStages; ++i) {
+    clear_upper<kThreads>(Stage(memory, i).inverse, thread);
+    clear_upper<kThreads>(Stage(memory, i).scores, thread);
+  }
   fetch(chunks - 1);
   for (int64_t index = chunks - 1; index >= 0; --index) {
     fetch(index - 1);
     wait_for_copies<1>();
+    publish_shared();
     __syncthreads();
     const Stage stage(memory, index % Memory::kStages);
     const Chunk chunk = chunk_of(index);
 
-    Accumulator du[kTokenTiles] = {};  // the gradient of u
-    {
-      Fragment s[kKeys / 16];
-      gradient.template round<T>(s);
-      gradient.template store_rows<T>(static_cast<T*>(p.dstates) + unit_of(index) * keys * values, s, keys, values,
-                                      column);
+    Accumulator du[kTokenTiles];  // the gradient of u
+    Fragment s[kKeys / 16];
+    gradient.template round<T>(s);
+    begin_products();
 #pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) {
+    for (int k = 0; k < kKeys / 16; ++k) {
+      multiply_by_rows<kTokenTiles>(du, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
+    }
+    commit_products();
+    gradient.template store_rows<T>(static_cast<T*>(p.dstates) + unit_of(index) * keys * values, s, keys, values,
+                                    column);
+    gradient.scale(expf(stage.factors[kLogDecay * kTokens + kTokens - 1]));
+    Fragment dout[kTokens / 16], read[kTokens / 16];
 #pragma unroll
-        for (int pair = 0; pair < kTokens / 16; ++pair) {
-          Fragment b;
-          stage.keys.template load_columns_first<false>(b, pair * 16, k * 16);
-          multiply_add<T>(du[2 * pair], s[k], b[0], b[1]);
-          multiply_add<T>(du[2 * pair + 1], s[k], b[2], b[3]);
-        }
+    for (int k = 0; k < kTokens / 16; ++k) {
+      stage.values.template load_columns_first<true>(dout[k], k * 16, tile_column);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 query_in = factor_pair(stage.factors, kQueryIn, 2 * k + i / 2);
+        float low, high;
+        unpack_pair<T>(dout[k][i], low, high);
+        read[k][i] = pack_pair<T>(low * query_in.x, high * query_in.y);
       }
     }
+    wait_for_products<0>();
+    keep(du);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
       const float2 key_out = factor_pair(stage.factors, kKeyOut, tile);
 #pragma unroll
       for (int i = 0; i < 4; ++i) du[tile][i] *= i % 2 ? key_out.y : key_out.x;
     }
-    // c += x matrix, with a matrix that is zero above its diagonal
-    const auto add_times = [&](Accumulator(&c)[kTokenTiles], const Fragment(&x)[kTokens / 16],
-                               const TileView<T, kTokens, kTokens>& matrix) {
-#pragma unroll
-      for (int k = 0; k < kTokens / 16; ++k) {
-#pragma unroll
-        for (int pair = 0; pair <= k; ++pair) {
-          Fragment b;
-          matrix.template load_rows_first<true>(b, k * 16, pair * 16);
-          multiply_add<T>(c[2 * pair], x[k], b[0], b[1]);
-          multiply_add<T>(c[2 * pair + 1], x[k], b[2], b[3]);
-        }
-      }
-    };
-    const auto rounded = [&](Fragment(&x)[kTokens / 16], const Accumulator(&c)[kTokenTiles], auto factor_of) {
+    begin_products();
+    start_times(du, dout, stage.scores, false);
+    commit_products();
+    gradient.template start_adding<T>(read, stage.queries);
+    commit_products();
+    wait_for_products<1>();
+    keep(du);
+    Fragment x[kTokens / 16];
+    const auto round_to_x = [&](const Accumulator(&c)[kTokenTiles], auto factor_of) {
 #pragma unroll
       for (int k = 0; k < kTokens / 16; ++k) {
 #pragma unroll
@@ -125,42 +143,38 @@ __global__ void __launch_bounds__(32 * kWarps) scan_backward_kernel(const __grid
         }
       }
     };
-    Fragment dout[kTokens / 16], x[kTokens / 16];
+    const auto one = [](int) { return make_float2(1.0f, 1.0f); };
+    round_to_x(du, one);
+    Accumulator w[kTokenTiles];
+    begin_products();
+    start_times(w, x, stage.inverse, true);
+    commit_products();
+    wait_for_products<0>();
+    keep(w);
+    keep(gradient.tiles);
+    Fragment erased[kTokens / 16];
+    round_to_x(w, [&](int tile) {
+      const float2 beta = factor_pair(stage.factors, kBeta, tile), key = factor_pair(stage.factors, kKeyIn, tile);
+      return make_float2(-beta.x * key.x, -beta.y * key.y);
+    });
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
-      stage.values.template load_columns_first<true>(dout[k], k * 16, tile_column);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) erased[k][i] = x[k][i];
     }
-    add_times(du, dout, stage.scores);
-    rounded(x, du, [](int) { return make_float2(1.0f, 1.0f); });
-    Accumulator w[kTokenTiles] = {};
-    add_times(w, x, stage.inverse);
-
+    begin_products();
+    gradient.template start_adding<T>(erased, stage.keys);
+    commit_products();
     const auto store = [&](void* output) {
       store_columns<T>(stage.values, tile_column, x);
       store_token_rows<T>(static_cast<T*>(output), stage.values, tile_column, in, chunk, head, column);
     };
-    rounded(x, w, [](int) { return make_float2(1.0f, 1.0f); });
+    round_to_x(w, one);
     store(p.w);
-    rounded(x, w, [&](int tile) { return factor_pair(stage.factors, kBeta, tile); });
+    round_to_x(w, [&](int tile) { return factor_pair(stage.factors, kBeta, tile); });
     store(p.dv.data);
-
-    gradient.scale(expf(stage.factors[kLogDecay * kTokens + kTokens - 1]));
-    rounded(x, w, [&](int tile) {
-      const float2 beta = factor_pair(stage.factors, kBeta, tile), in = factor_pair(stage.factors, kKeyIn, tile);
-      return make_float2(-beta.x * in.x, -beta.y * in.y);
-    });
-    gradient.template add_product<T>(x, stage.keys);
-#pragma unroll
-    for (int k = 0; k < kTokens / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 query_in = factor_pair(stage.factors, kQueryIn, 2 * k + i / 2);
-        float low, high;
-        unpack_pair<T>(dout[k][i], low, high);
-        x[k][i] = pack_pair<T>(low * query_in.x, high * query_in.y);
-      }
-    }
-    gradient.template add_product<T>(x, stage.queries);
+    wait_for_products<0>();
+    keep(gradient.tiles);
     __syncthreads();
   }
   if (p.dinitial_state.data) {

@@ -1,6 +1,7 @@
 // A warp's 16 columns of a state S [K, V], in registers and float32: rows of S^T, as a product leaves them.
 #pragma once
 
+#include "common/cuda/warpgroup.cuh"
 #include "gdn/cuda/chunk.cuh"
 
 namespace inlay::gdn::cuda {
@@ -89,17 +90,15 @@ struct StateColumns {
     }
   }
 
-  // S^T += x^T rows, with x^T [16, kTokens] and rows [kTokens, K].
+  // Starts S^T += x^T rows, with x^T in registers and rows [kTokens, K].
   template <typename T>
-  __device__ void add_product(const Fragment (&x)[kTokens / 16], const TileView<T, kTokens, kKeys>& rows) {
+  __device__ __forceinline__ void start_adding(const Fragment (&x)[kTokens / 16],
+                                               const TileView<T, kTokens, kKeys>& rows) {
 #pragma unroll
-    for (int pair = 0; pair < kKeys / 16; ++pair) {
+    for (int panel = 0; panel < kKeys / 64; ++panel) {
 #pragma unroll
       for (int k = 0; k < kTokens / 16; ++k) {
-        Fragment b;
-        rows.template load_rows_first<true>(b, k * 16, pair * 16);
-        multiply_add<T>(tiles[2 * pair], x[k], b[0], b[1]);
-        multiply_add<T>(tiles[2 * pair + 1], x[k], b[2], b[3]);
+        multiply_by_columns<8>(tiles + panel * 8, InRegisters{x}, k, rows, k * 16, panel * 64);
       }
     }
   }
