@@ -9,8 +9,6 @@ import inlay
 from tests.gdn.cases import Case, gradients, random_like
 from tests.support.compare import assert_same_bits
 
-OP = "gated_delta_rule_bwd"
-
 CASES = [
     Case(tokens=200, value_heads=4, value_dim=128, batch=1),
     Case(tokens=200, value_heads=4, value_dim=128, batch=1, options={"mode": "recurrent"}),

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import inlay
-from tests.support.devices import has_kernel
 
 B, T, HK, HV, K, V = 2, 6, 2, 4, 16, 24
 ones = torch.ones
@@ -226,8 +225,8 @@ RAW = [
 
 @pytest.mark.parametrize(("op", "good", "bad", "text"), RAW, ids=ids)
 def test_raw_ops(op, good, bad, text, device):
-    if not has_kernel(op, device):
-        pytest.skip(f"{op} has no kernel for {device} yet")
+    if op == "gated_delta_rule_bwd" and device == "cuda":
+        pytest.skip("there it has no float32 kernel")
 
     def on_device(value):
         if not isinstance(value, torch.Tensor):

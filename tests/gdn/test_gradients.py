@@ -6,11 +6,20 @@ import pytest
 import torch
 
 import inlay
-from tests.gdn.cases import BASIC, GATES, HARD, LENGTHS, SHAPES, Case, check_gradients, gradients, random_like
+from tests.gdn.cases import (
+    BASIC,
+    GATES,
+    HARD,
+    LENGTHS,
+    SHAPES,
+    Case,
+    check_gradients,
+    gradients,
+    kernel_dtype,
+    random_like,
+)
 from tests.support.compare import assert_same_bits
 from tests.support.devices import HALVES, poison_free_memory
-
-OP = "gated_delta_rule_bwd"
 
 DTYPES = [torch.float32, *HALVES]
 
@@ -69,7 +78,7 @@ def test_gradcheck(case, mode):
 @pytest.mark.parametrize("used", [(True, False), (False, True)], ids=["o", "final_state"])
 @pytest.mark.parametrize("case", BASIC, ids=str)
 def test_one_of_two_outputs_used(case, used, device):
-    tensors = case.inputs(torch.float32, device)
+    tensors = case.inputs(kernel_dtype(device), device)
     douts = random_like(case.run(inlay, tensors))
     douts = tuple(dout if use else None for dout, use in zip(douts, used, strict=True))
     if used[0]:
@@ -109,7 +118,7 @@ def test_gradients_have_the_dtypes_of_their_tensors(case, device):
 @pytest.mark.parametrize("frozen", ["q", "g", "initial_state"])
 def test_frozen_inputs_get_no_gradient(frozen, device):
     case = Case(tokens=70)
-    tensors = case.inputs(torch.float32, device)
+    tensors = case.inputs(kernel_dtype(device), device)
     douts = random_like(case.run(inlay, tensors))
     full = gradients(case, inlay, tensors, douts)
     leaves = {name: tensor.detach().requires_grad_(name != frozen) for name, tensor in tensors.items()}
@@ -121,7 +130,7 @@ def test_frozen_inputs_get_no_gradient(frozen, device):
 
 def test_no_tokens(device):
     case = Case(tokens=0)
-    tensors = case.inputs(torch.float32, device)
+    tensors = case.inputs(kernel_dtype(device), device)
     douts = random_like(case.run(inlay, tensors))
     grads = gradients(case, inlay, tensors, douts)
     assert_same_bits(grads["initial_state"], douts[1], "dinitial_state")
@@ -139,7 +148,7 @@ def test_nothing_is_recorded_without_gradients(device):
 
 def test_a_second_derivative_is_refused(device):
     case = Case(tokens=20)
-    tensors = {name: t.requires_grad_() for name, t in case.inputs(torch.float32, device).items()}
+    tensors = {name: t.requires_grad_() for name, t in case.inputs(kernel_dtype(device), device).items()}
     o, _ = case.run(inlay, tensors)
     (dv,) = torch.autograd.grad(o.square().sum(), tensors["v"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

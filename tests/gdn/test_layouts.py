@@ -15,11 +15,10 @@ from tests.gdn.cases import (
     check_gradients,
     check_values,
     gradients,
-    has_forward_kernel,
+    kernel_dtype,
     random_like,
 )
 from tests.support.compare import assert_same_bits
-from tests.support.devices import has_kernel
 
 ROWS = ("q", "k", "v")
 
@@ -51,17 +50,12 @@ LAYOUTS: dict[str, Callable[[Tensors], Tensors]] = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("case", BASIC, ids=str)
 def test_layouts(case, layout, device):
-    mode = case.options.get("mode", "auto")
-    if not has_forward_kernel(device, mode):
-        pytest.skip(f"no kernel for mode {mode} on {device} yet")
     tensors = case.inputs(torch.bfloat16, device)
     laid_out = layout(tensors)
     assert any(not t.is_contiguous() or t.storage_offset() for t in laid_out.values())
     expected = case.run(inlay, tensors)
     for output, wanted in zip(case.run(inlay, laid_out), expected, strict=True):
         assert_same_bits(output, wanted, "output")
-    if not has_kernel("gated_delta_rule_bwd", device):
-        return
     douts = random_like(expected)
     expected_grads = gradients(case, inlay, tensors, douts)
     for name, grad in gradients(case, inlay, laid_out, douts).items():
@@ -87,9 +81,7 @@ GRADIENT_LAYOUTS = {
 @pytest.mark.parametrize("layout", GRADIENT_LAYOUTS.values(), ids=GRADIENT_LAYOUTS.keys())
 @pytest.mark.parametrize("case", BASIC, ids=str)
 def test_gradients_of_any_strides(case, layout, device):
-    if not has_kernel("gated_delta_rule_bwd", device):
-        pytest.skip(f"no kernel for the backward on {device} yet")
-    tensors = case.inputs(torch.float32, device)
+    tensors = case.inputs(kernel_dtype(device), device)
     douts = tuple(layout(dout) for dout in random_like(case.run(inlay, tensors)))
     dense = tuple(dout.contiguous() for dout in douts)
     expected = gradients(case, inlay, tensors, dense)

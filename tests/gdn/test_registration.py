@@ -14,8 +14,6 @@ from inlay.ops import gdn as ops
 from tests.gdn.cases import LEAVES, Case, Tensors, gradients, random_like
 from tests.support.compare import assert_same_bits
 
-OP = "gated_delta_rule_bwd"
-
 BF16, F32 = torch.bfloat16, torch.float32
 AUTO, CHUNK, RECURRENT = (int(mode) for mode in ops.Mode)
 
@@ -61,6 +59,8 @@ def _rule_cases(device: str) -> Iterator[tuple[Any, ...]]:
 
 def _rule_backward_cases(device: str) -> Iterator[tuple[Any, ...]]:
     for q, k, v, g, beta, state, offsets in _inputs(device):
+        if device == "cuda" and q.dtype == F32:  # no kernel
+            continue
         o, final_state = ops._rule(q, k, v, g, beta, state, offsets, 0.25, True, True, F32, RECURRENT)
         needed = state is not None
         yield torch.randn_like(o), None, q, k, v, g, beta, state, offsets, 0.25, False, False

@@ -24,11 +24,6 @@ def cuda_missing() -> str | None:
     return None if library.loaded else f"{library.name}: {library.reason}"
 
 
-def has_kernel(op: str, device: str) -> bool:
-    """Whether the native op ``op`` has a kernel for the device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"inlay::{op}", device.upper())
-
-
 def each_dtype(*, halves_only: bool = False) -> pytest.MarkDecorator:
     """Parametrizes `device` and `dtype` over every pair that has kernels."""
     return pytest.mark.parametrize(

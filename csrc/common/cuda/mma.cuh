@@ -43,6 +43,30 @@ __device__ inline void multiply_add(Accumulator& c, const Fragment& a, uint32_t 
   }
 }
 
+// c[16, 8] += a[16, 8] b[8, 8] of float32 values, whose last 13 bits are dropped. Lane 4 g + t holds a of rows g (a[0],
+// a[2]) and g + 8 (a[1], a[3]), b of column g, each of the summed dimension's values t and t + 4: or any other two, as
+// long as they are the same ones for a and b.
+__device__ inline void multiply_add_tf32(Accumulator& c, const float (&a)[4], float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// To the next value with no more digits than a product looks at.
+__device__ inline float round_to_tf32(float x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return __uint_as_float(rounded);
+}
+
+// 2^x in one instruction, to 2 units in the last place; results below float32's normal numbers are zero.
+__device__ inline float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Four 8x8 matrices; lane 8 i + j names row j of matrix i, 16 bytes. Of matrix i, r[i] holds row g, columns 2t, 2t + 1;
 // transposed: column g, rows 2t, 2t + 1.
 template <bool kTransposed>
@@ -58,6 +82,22 @@ __device__ inline void load_matrices(Fragment& r, uint32_t row) {
                  : "r"(row)
                  : "memory");
   }
+}
+
+// The opposite of load_matrices<false>.
+__device__ inline void store_matrices(uint32_t row, const Fragment& r) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t own = __shfl_sync(0xffffffffu, row, i * 8 + lane / 4);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(own + lane % 4 * 4), "r"(r[i]) : "memory");
+  }
+#endif
 }
 
 // An 8x8 matrix across the warp: row g, columns 2t, 2t + 1 becomes column g, rows 2t, 2t + 1.

@@ -40,6 +40,12 @@ struct TileView {
     load_matrices<kTransposed>(r, address(row + lane % 16, column + lane / 16 * 8));
   }
 
+  // The opposite of load_rows_first<false>.
+  __device__ void store_rows_first(const Fragment& r, int row, int column) const {
+    const unsigned lane = threadIdx.x % 32;
+    store_matrices(address(row + lane % 16, column + lane / 16 * 8), r);
+  }
+
   // As two `b`: rows are the two tiles of 8, columns the summed dimension. Transposed, as an `a`: columns are its rows.
   template <bool kTransposed>
   __device__ void load_columns_first(Fragment& r, int row, int column) const {

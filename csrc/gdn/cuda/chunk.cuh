@@ -21,6 +21,11 @@ namespace inlay::gdn::cuda {
 
 using namespace inlay::cuda;
 
+// exp of less is zero. Gates are held above it: then -inf leaves no NaN, and no large sum costs later differences their
+// digits.
+inline constexpr float kSmallestGate = -104.0f;
+inline constexpr float kLog2E = 1.4426950408889634f;  // decays are powers of two from there on
+
 struct ChunkParams {
   Inputs inputs;
   Prepared prepared;

@@ -7,12 +7,13 @@
 
 namespace inlay::gdn::cuda {
 
-template <typename T, int kKeys, int kWarps>
+template <typename T, int kKeys, int kGroups>
 void scans(const ScanParams& states, const ScanBackwardParams& gradients, void* stream) {
-  const dim3 grid(scan_blocks<kWarps>(states.chunk.inputs));
-  start<scan_kernel<T, kKeys, kWarps, Scan::states>, 32 * kWarps, ScanMemory<T, kKeys, kWarps, Scan::states>::kBytes>(
-      states, grid, stream);
-  start<scan_backward_kernel<T, kKeys, kWarps>, 32 * kWarps, ScanMemory<T, kKeys, kWarps, Scan::outputs>::kBytes>(
+  constexpr int kThreads = ScanTeam<kGroups>::kThreads;
+  const dim3 grid(scan_blocks<kGroups>(states.chunk.inputs));
+  start<scan_kernel<T, kKeys, kGroups, Scan::states>, kThreads,
+        ScanForwardMemory<T, kKeys, kGroups, Scan::states>::kBytes>(states, grid, stream);
+  start<scan_backward_kernel<T, kKeys, kGroups>, kThreads, ScanBackwardMemory<T, kKeys, kGroups>::kBytes>(
       gradients, grid, stream);
 }
 
@@ -27,7 +28,7 @@ void chunk_backward(const BackwardParams& params, void* stream) {
   const ScanParams states{chunk, {}, {scratch.u, in.q.dtype}, scratch.states};
   const ScanBackwardParams back{chunk,     params.dout, params.dfinal_state, params.dinitial_state,
                                 params.dv, scratch.w,   scratch.dstates};
-  with_scan_warps(in, [&](auto warps) { scans<T, kKeys, decltype(warps)::value>(states, back, stream); });
+  with_scan_groups<kKeys>(in, [&](auto groups) { scans<T, kKeys, decltype(groups)::value>(states, back, stream); });
   const GradientParams rest{chunk,           params.dout, scratch.u, scratch.w, scratch.states,
                             scratch.dstates, params.dq,   params.dk, params.dg, params.dbeta};
   const int64_t blocks = in.sequences.chunk_bound(kChunk) * in.key_heads;

@@ -4,7 +4,7 @@
 #include "gdn/cuda/aligned.h"
 #include "gdn/cuda/chunk.h"
 #include "gdn/cuda/prepare.cuh"
-#include "gdn/cuda/scan.cuh"
+#include "gdn/cuda/scan_forward.cuh"
 
 namespace inlay::gdn::cuda {
 
@@ -16,20 +16,22 @@ void prepare(const ChunkParams& p, void* stream) {
       p, dim3(static_cast<unsigned>(blocks)), stream);
 }
 
-template <int kWarps>
+template <int kGroups>
 unsigned scan_blocks(const Inputs& in) {
-  const int64_t parts = (in.value_dim + kWarps * kWarpColumns - 1) / (kWarps * kWarpColumns);
+  const int64_t parts = (in.value_dim + kGroups * kGroupColumns - 1) / (kGroups * kGroupColumns);
   return static_cast<unsigned>(in.sequences.count * in.value_heads * parts);
 }
 
-// Calls use(how many warps a scan's blocks have). Few heads are split by columns over more blocks, each of which reads
-// all of k and q.
-template <class Use>
-void with_scan_warps(const Inputs& in, Use use) {
-  const int64_t heads = in.sequences.count * in.value_heads;
-  const bool fills = 4 * heads * ((in.value_dim + 127) / 128) >= 3 * multiprocessor_count();
-  if (in.value_dim > 64 && fills) return use(std::integral_constant<int, 8>());
-  return use(std::integral_constant<int, 4>());
+// Calls use(how many groups of columns a scan's blocks have): two where that leaves enough blocks, and where two heads of
+// this size have room.
+template <int kKeys, class Use>
+void with_scan_groups(const Inputs& in, Use use) {
+  if constexpr (kKeys <= 128) {
+    const int64_t heads = in.sequences.count * in.value_heads;
+    const bool fills = 4 * heads * ((in.value_dim + 127) / 128) >= 3 * multiprocessor_count();
+    if (in.value_dim > 64 && fills) return use(std::integral_constant<int, 2>());
+  }
+  return use(std::integral_constant<int, 1>());
 }
 
 }  // namespace inlay::gdn::cuda

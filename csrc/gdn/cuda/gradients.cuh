@@ -262,7 +262,7 @@ begin_products();
         for (int c = 0; c < 2; ++c) {
           const int column = half * 32 + n * 8 + 2 * t + c;
           const bool below = row > column, not_above = row >= column;
-          const float decay = not_above ? expf(factors[kLogDecay][row] - factors[kLogDecay][column]) : 0.0f;
+          const float decay = not_above ? exp2_fast(factors[kLogDecay][row] - factors[kLogDecay][column]) : 0.0f;
           const float key_decay = decay * factors[kKeyLength][column];
           const float score_factor = not_above ? scale * factors[kQueryLength][row] * key_decay : 0.0f;
           const float system_factor = below ? factors[kKeyLength][row] * key_decay : 0.0f;
@@ -337,7 +337,7 @@ begin_products();
       float dot = 0.0f;
 #pragma unroll
       for (const float part : state_dots) dot += part;
-      if (lane == 31) dc[1] += end + expf(factors[kLogDecay][kTokens - 1]) * dot;
+      if (lane == 31) dc[1] += end + exp2_fast(factors[kLogDecay][kTokens - 1]) * dot;
       float sum = dc[0] + dc[1];  // of this lane's tokens and all after them
 #pragma unroll
       for (int offset = 1; offset < 32; offset *= 2) {
@@ -349,7 +349,12 @@ begin_products();
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int row = 2 * lane + j;
-        if (row < chunk.tokens) static_cast<float*>(p.dg.data)[(token_row + row) * in.value_heads + head] = dg[j];
+        if (row < chunk.tokens) {
+          const float gate =
+              static_cast<const float*>(in.g.data)[in.g.offset(chunk.batch, chunk.token + row, head)];
+          static_cast<float*>(p.dg.data)[(token_row + row) * in.value_heads + head] =
+              gate < kSmallestGate ? 0.0f : dg[j];  // nothing is left there to decay
+        }
       }
     }
     wait_for_products<0>();

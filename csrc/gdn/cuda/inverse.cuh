@@ -1,8 +1,8 @@
 // The inverse of 1 + M for a strictly lower triangular M of [64, 64] float32, by blocks: those of 16 on the diagonal by
 // forward substitution, the rest by
 //   [A 0; M B]^-1 = [A^-1 0; -B^-1 M A^-1 B^-1]
-// from 16 to 32 to 64. A series in M would lose all digits for keys that resemble each other. The products are of
-// values split into two bfloat16, which keeps 16 of their bits.
+// from 16 to 32 to 64. A series in M would lose all digits for keys that resemble each other. The products are of tf32
+// values, which have at least as many digits as the result has when it is rounded to 16 bits.
 #pragma once
 
 #include "common/cuda/mma.cuh"
@@ -13,46 +13,43 @@ using namespace inlay::cuda;
 
 inline constexpr int kInverseStride = 68;  // of the matrix in shared memory: rows four banks apart
 
-// A value as the sum of two.
-struct SplitFragment {
-  Fragment high, low;
-};
+// A 16x16 block as two operands of eight values of the summed dimension each; those of step i are, for lane 4 g + t, its
+// columns (of an `a`) or rows (of a `b`) 8 i + 2 t and 8 i + 2 t + 1.
+using BlockA = float[2][4];
+using BlockB = float[2][2][2];  // [step][tile of 8 columns]
 
-__device__ inline void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
-  high = pack_pair<__nv_bfloat16>(x, y);
-  float x_high, y_high;
-  unpack_pair<__nv_bfloat16>(high, x_high, y_high);
-  low = pack_pair<__nv_bfloat16>(x - x_high, y - y_high);
-}
-
-// [16, 16] from (row, column) as an `a`.
-__device__ inline void load_a(SplitFragment& a, const float* matrix, int row, int column) {
+__device__ inline void load_a(BlockA& a, const float* matrix, int row, int column) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair =
-        *reinterpret_cast<const float2*>(&matrix[(row + g + i % 2 * 8) * kInverseStride + column + 2 * t + i / 2 * 8]);
-    split_pair(pair.x, pair.y, a.high[i], a.low[i]);
+  for (int step = 0; step < 2; ++step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* const pair = &matrix[(row + half * 8 + g) * kInverseStride + column + step * 8 + 2 * t];
+      a[step][half] = round_to_tf32(pair[0]);
+      a[step][2 + half] = round_to_tf32(pair[1]);
+    }
   }
 }
 
-// [16, 16] from (row, column) as two `b`.
-__device__ inline void load_b(SplitFragment& b, const float* matrix, int row, int column) {
+__device__ inline void load_b(BlockB& b, const float* matrix, int row, int column) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float* const first = &matrix[(row + 2 * t + i % 2 * 8) * kInverseStride + column + g + i / 2 * 8];
-    split_pair(first[0], first[kInverseStride], b.high[i], b.low[i]);
+  for (int step = 0; step < 2; ++step) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const float* const first = &matrix[(row + step * 8 + 2 * t) * kInverseStride + column + tile * 8 + g];
+      b[step][tile][0] = round_to_tf32(first[0]);
+      b[step][tile][1] = round_to_tf32(first[kInverseStride]);
+    }
   }
 }
 
 // Two tiles c[16, 8].
-__device__ inline void multiply_add_split(Accumulator (&c)[2], const SplitFragment& a, const SplitFragment& b) {
+__device__ inline void multiply_add_block(Accumulator (&c)[2], const BlockA& a, const BlockB& b) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    multiply_add<__nv_bfloat16>(c[i], a.high, b.low[2 * i], b.low[2 * i + 1]);
-    multiply_add<__nv_bfloat16>(c[i], a.low, b.high[2 * i], b.high[2 * i + 1]);
-    multiply_add<__nv_bfloat16>(c[i], a.high, b.high[2 * i], b.high[2 * i + 1]);
+  for (int step = 0; step < 2; ++step) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) multiply_add_tf32(c[tile], a[step], b[step][tile][0], b[step][tile][1]);
   }
 }
 
@@ -65,26 +62,30 @@ __device__ inline void merge(Accumulator (&result)[2], const float* matrix, int 
 #pragma unroll
   for (int k = 0; k < kSize; k += 16) {
     if (k > row) continue;  // B^-1 is triangular
-    SplitFragment a;
+    BlockA a;
     load_a(a, matrix, below + row, below + k);
 #pragma unroll
     for (int n = 0; n < kSize; n += 16) {
-      SplitFragment b;
+      BlockB b;
       load_b(b, matrix, below + k, corner + n);
-      multiply_add_split(left[n / 16], a, b);
+      multiply_add_block(left[n / 16], a, b);
     }
   }
 #pragma unroll
   for (int k = 0; k < kSize; k += 16) {
     if (k < column) continue;  // and so is A^-1
-    SplitFragment a, b;
+    BlockA a;
+    BlockB b;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Accumulator& c = left[k / 16][i / 2];
-      split_pair(-c[i % 2 * 2], -c[i % 2 * 2 + 1], a.high[i], a.low[i]);
+    for (int step = 0; step < 2; ++step) {
+      const Accumulator& c = left[k / 16][step];
+      a[step][0] = round_to_tf32(-c[0]);
+      a[step][1] = round_to_tf32(-c[2]);
+      a[step][2] = round_to_tf32(-c[1]);
+      a[step][3] = round_to_tf32(-c[3]);
     }
     load_b(b, matrix, corner + k, corner + column);
-    multiply_add_split(result, a, b);
+    multiply_add_block(result, a, b);
   }
 }
 

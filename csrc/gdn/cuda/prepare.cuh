@@ -35,13 +35,9 @@ __device__ inline float row_square_sum(uint32_t tile, int row, int half) {
   return sum + __shfl_xor_sync(0xffffffffu, sum, 1);
 }
 
-// The smallest g that is told apart: exp of less is zero. So -inf leaves no NaN, and no large sum costs later
-// differences their digits. NaN stays.
-__device__ inline float bounded_gate(float g) { return g < -104.0f ? -104.0f : g; }
-
 // A block has a chunk of one key head, and its value heads one after another.
 template <typename T, int kKeys>
-__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ ChunkParams p) {
+__global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __grid_constant__ ChunkParams p) {
   using Memory = PrepareMemory<T, kKeys>;
   const Inputs& in = p.inputs;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -103,7 +99,9 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
         decay[j] = 0.0f;
         if (row < chunk.tokens) {
           const int64_t token = chunk.token + row;
-          decay[j] = bounded_gate(static_cast<const float*>(in.g.data)[in.g.offset(chunk.batch, token, head)]);
+          decay[j] = static_cast<const float*>(in.g.data)[in.g.offset(chunk.batch, token, head)];
+          if (decay[j] < kSmallestGate) decay[j] = kSmallestGate;  // NaN stays
+          decay[j] *= kLog2E;
           load_as_float(in.beta.data, in.beta.dtype, in.beta.offset(chunk.batch, token, head), loaded);
         }
         beta[j] = loaded[0];
@@ -122,10 +120,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int row = 2 * lane + j;
-        const float k = factors[kKeyLength][row], q = factors[kQueryLength][row], grown = expf(cumulated[j]);
+        const float k = factors[kKeyLength][row], q = factors[kQueryLength][row], grown = exp2_fast(cumulated[j]);
         factors[kKeyIn][row] = k * grown;
         factors[kQueryIn][row] = static_cast<float>(in.scale) * q * grown;
-        factors[kKeyOut][row] = k * expf(end - cumulated[j]);
+        factors[kKeyOut][row] = k * exp2_fast(end - cumulated[j]);
         factors[kBeta][row] = beta[j];
         factors[kLogDecay][row] = cumulated[j];
       }
@@ -155,7 +153,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
           for (int j = 0; j < 2; ++j) {
             const int column = n * 8 + 2 * t + j;
             // Masked before the exponential: later tokens' differences are positive and may overflow.
-            const float decay = row >= column ? expf(cumulated - factors[kLogDecay][column]) : 0.0f;
+            const float decay = row >= column ? exp2_fast(cumulated - factors[kLogDecay][column]) : 0.0f;
             const float both = factors[kKeyLength][column] * decay;
             score[j] = row >= column ? scale * q_row * both * qk[n][2 * half + j] : 0.0f;
             entry[j] = row > column ? beta * k_row * both * kk[n][2 * half + j] : 0.0f;

@@ -49,14 +49,11 @@ void recurrent(RecurrentParams p, void* stream) {
   }
 }
 
-// Up to so many tokens a row, the recurrence is faster than the chunks' kernels.
-constexpr int64_t kRecurrentTokens = 8;
-
 bool has_16_bits(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 
 bool in_chunks(const ForwardParams& p) {
-  if (!has_16_bits(p.inputs.q.dtype)) return false;  // the matrix products are of 16-bit values
-  return p.mode == Mode::chunk || (p.mode == Mode::automatic && p.inputs.sequences.tokens > kRecurrentTokens);
+  // The matrix products are of 16-bit values. Lengths have no say: packed sequences are what they are alone.
+  return has_16_bits(p.inputs.q.dtype) && p.mode != Mode::recurrent;
 }
 
 void check_dtypes(const BackwardParams& p) {

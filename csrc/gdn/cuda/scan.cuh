@@ -1,69 +1,151 @@
-// The walk over a head's chunks: see chunk.cuh for the formulas.
+// What the two walks over a head's chunks have in common: scan_forward.cuh and scan_backward.cuh.
 //
 // Everything is transposed, so that four warps have 64 of the state's columns, as rows, from the first chunk to the last
-// in registers, and what one product gives is an operand of the next. Columns do not see each other: warps share the
-// chunk's tiles, and exchange nothing.
+// in registers, and what one product gives is an operand of the next. Columns do not see each other: where there are few
+// heads, more blocks share one, and each reads all of its k and q.
+//
+// A block's warpgroups have different work. The first fetches chunks, some ahead. Then come `kGroups` that carry the
+// state of 64 columns each, and last as many that take from these, through shared memory, what others need not wait for.
 #pragma once
 
+#include "common/cuda/barrier.cuh"
 #include "gdn/cuda/chunk.cuh"
 #include "gdn/cuda/state.cuh"
 
 namespace inlay::gdn::cuda {
 
-inline constexpr int kWarpColumns = 16;
+inline constexpr int kWarpgroup = 128;
+inline constexpr int kGroupColumns = 64;
 
-struct ScanParams {
-  ChunkParams chunk;
-  StateTensor final_state;  // or not wanted
-  OutputTensor o;           // [B, T, Hv, V] T; for the states: u
-  void* states;             // [chunk number][Hv][V, K] T, those before each chunk: for the backward
+enum class Role { fetch, carry, pass_on };
+
+// How a block's threads, registers and barriers are dealt out.
+template <int kGroups>
+struct ScanTeam {
+  static constexpr int kThreads = kWarpgroup * (1 + 2 * kGroups);
+  // Their sum must not be over what the block is started with, or it would wait for registers for ever.
+  static constexpr int kFetchRegisters = kGroups == 1 ? 96 : 32;
+  static constexpr int kCarryRegisters = kGroups == 1 ? 232 : 160;
+  static constexpr int kPassOnRegisters = kGroups == 1 ? 168 : 64;
+  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(kFetchRegisters + kGroups * (kCarryRegisters + kPassOnRegisters) <= (1 + 2 * kGroups) * kStartRegisters);
+
+  // Barriers: of a stage that is full or empty, for all; and of a group's hand-over of the state and of its tokens'
+  // values, ready or taken.
+  static constexpr int kAll = kThreads, kPair = 2 * kWarpgroup;
+  __device__ static int full(int stage) { return 1 + stage; }
+  __device__ static int empty(int stage) { return 4 + stage; }
+  __device__ static int state_ready(int group) { return 7 + 4 * group; }
+  __device__ static int state_taken(int group) { return 8 + 4 * group; }
+  __device__ static int values_ready(int group) { return 9 + 4 * group; }
+  __device__ static int values_taken(int group) { return 10 + 4 * group; }
 };
 
-enum class Scan { outputs, states };
-
-template <typename T, int kKeys, int kWarps, Scan kScan>
+// Where a block's tiles lie. kAhead: how many of [kTokens, K], [kTokens, kTokens] a stage has; kPassed: how many of
+// [64, kTokens] a group hands over.
+template <typename T, int kKeys, int kGroups, int kRowTiles, int kMatrices, int kPassed>
 struct ScanMemory {
-  static constexpr int kStages = 2;
-  static constexpr int kValueColumns = kWarps * kWarpColumns;
+  static constexpr int kColumns = kGroups * kGroupColumns;
   static constexpr int kFactorBytes = (kLogDecay + 1) * kTokens * 4;
   using Rows = Tile<T, kTokens, kKeys>;
-  using Values = Tile<T, kTokens, kValueColumns>;
   using Matrix = Tile<T, kTokens, kTokens>;
-  static constexpr bool kOutputs = kScan == Scan::outputs;
-  static constexpr int kQueries = Rows::kBytes;
-  static constexpr int kInverse = kQueries + (kOutputs ? Rows::kBytes : 0);
-  static constexpr int kScores = kInverse + Matrix::kBytes;
-  static constexpr int kValues = kScores + (kOutputs ? Matrix::kBytes : 0);
-  static constexpr int kFactorRows = kValues + Values::kBytes;
-  static constexpr int kStageBytes = (kFactorRows + kFactorBytes + 1023) / 1024 * 1024;
-  static constexpr int kBytes = kStages * kStageBytes;
+  using Values = Tile<T, kTokens, kColumns>;
+  static constexpr int kMatrixAt = kRowTiles * Rows::kBytes;
+  static constexpr int kValuesAt = kMatrixAt + kMatrices * Matrix::kBytes;
+  static constexpr int kStageBytes = kValuesAt + Values::kBytes;
+  static constexpr int kGroupBytes = Rows::kBytes + kPassed * Matrix::kBytes;
+  static constexpr int kMost = 227 * 1024;
+  static constexpr int kStages = 3 * (kStageBytes + kFactorBytes) + kGroups * kGroupBytes <= kMost ? 3 : 2;
+  static constexpr int kGroupsAt = kStages * kStageBytes;
+  static constexpr int kFactorsAt = kGroupsAt + kGroups * kGroupBytes;
+  static constexpr int kBytes = kFactorsAt + kStages * kFactorBytes;
+  static_assert(kBytes <= kMost);
 };
 
-// One stage's tiles.
-template <typename T, int kKeys, int kWarps, Scan kScan>
+// One stage's tiles. `queries` and `scores` are for kernels with two of a kind.
+template <class Memory, typename T, int kKeys>
 struct ScanStage {
-  using Memory = ScanMemory<T, kKeys, kWarps, kScan>;
   TileView<T, kTokens, kKeys> keys, queries;
   TileView<T, kTokens, kTokens> inverse, scores;
-  TileView<T, kTokens, Memory::kValueColumns> values;
+  TileView<T, kTokens, Memory::kColumns> values;
   const float* factors;
 
   __device__ ScanStage(char* memory, int stage) {
-    char* const first = memory + stage * Memory::kStageBytes;
-    const uint32_t base = shared_address(first);
+    const uint32_t base = shared_address(memory) + stage * Memory::kStageBytes;
     keys.base = base;
-    queries.base = base + Memory::kQueries;
-    inverse.base = base + Memory::kInverse;
-    scores.base = base + Memory::kScores;
-    values.base = base + Memory::kValues;
-    factors = reinterpret_cast<const float*>(first + Memory::kFactorRows);
+    queries.base = base + Memory::Rows::kBytes;
+    inverse.base = base + Memory::kMatrixAt;
+    scores.base = inverse.base + Memory::Matrix::kBytes;
+    values.base = base + Memory::kValuesAt;
+    factors = reinterpret_cast<const float*>(memory + Memory::kFactorsAt + stage * Memory::kFactorBytes);
+  }
+};
+
+// What a group hands over: the state [64 of V, K] and tiles [64 of V, kTokens].
+template <class Memory, typename T, int kKeys>
+struct ScanPassed {
+  TileView<T, kTokens, kKeys> state;
+  TileView<T, kTokens, kTokens> values, more;
+
+  __device__ ScanPassed(char* memory, int group) {
+    state.base = shared_address(memory) + Memory::kGroupsAt + group * Memory::kGroupBytes;
+    values.base = state.base + Memory::Rows::kBytes;
+    more.base = values.base + Memory::Matrix::kBytes;
+  }
+};
+
+// One thread's place: which sequence, head and columns.
+template <int kGroups>
+struct ScanPlace {
+  Role role;
+  int group;   // of the role
+  int thread;  // of the warpgroup
+  int warp;
+  int64_t head;
+  int64_t key_head;
+  int64_t sequence_number;
+  Sequence sequence;
+  int64_t first_number;  // of chunks
+  int64_t chunks;
+  int block_column;
+  int group_column;  // within the block
+
+  __device__ explicit ScanPlace(const Inputs& in) {
+    const int warpgroup = threadIdx.x / kWarpgroup;
+    role = warpgroup == 0 ? Role::fetch : warpgroup <= kGroups ? Role::carry : Role::pass_on;
+    group = role == Role::fetch ? 0 : (warpgroup - 1) % kGroups;
+    thread = threadIdx.x % kWarpgroup;
+    warp = thread / 32;
+    const int parts = (static_cast<int>(in.value_dim) + kGroups * kGroupColumns - 1) / (kGroups * kGroupColumns);
+    const int64_t head_number = blockIdx.x / parts;
+    block_column = static_cast<int>(blockIdx.x - head_number * parts) * kGroups * kGroupColumns;
+    group_column = group * kGroupColumns;
+    sequence_number = head_number / in.value_heads;
+    head = head_number - sequence_number * in.value_heads;
+    key_head = head / in.group();
+    sequence = in.sequences[sequence_number];
+    first_number = in.sequences.first_chunk(sequence_number, kChunk);
+    chunks = (sequence.end - sequence.begin + kChunk - 1) / kChunk;
+  }
+
+  // The warp's 16 columns, of the block's tiles and of V.
+  __device__ int tile_column() const { return group_column + warp * 16; }
+  __device__ int column() const { return block_column + tile_column(); }
+
+  __device__ Chunk chunk(int64_t index) const {
+    const int64_t token = sequence.begin + index * kChunk;
+    return {sequence_number, sequence.batch, token, static_cast<int>(min(sequence.end - token, kChunk))};
+  }
+  // Of the chunk and value head, in memory for [chunk number][value head].
+  __device__ int64_t unit(const Inputs& in, int64_t index) const {
+    return (first_number + index) * in.value_heads + head;
   }
 };
 
 // The blocks of a [kTokens, kTokens] matrix on and below its diagonal.
-template <int kThreads, typename T>
+template <typename T>
 __device__ inline void fetch_lower(TileView<T, kTokens, kTokens> tile, const T* source, unsigned thread) {
-  constexpr unsigned kRowStep = kThreads / 8;
+  constexpr unsigned kRowStep = kWarpgroup / 8;
   const unsigned column = thread % 8 * 8;
 #pragma unroll 4
   for (unsigned row = thread / 8; row < kTokens; row += kRowStep) {
@@ -72,19 +154,37 @@ __device__ inline void fetch_lower(TileView<T, kTokens, kTokens> tile, const T* 
 }
 
 // Their zeros above it, which no fetch touches.
-template <int kThreads, typename T>
+template <typename T>
 __device__ inline void clear_upper(TileView<T, kTokens, kTokens> tile, unsigned thread) {
-  for (unsigned i = thread; i < kTokens * 8; i += kThreads) {
+  for (unsigned i = thread; i < kTokens * 8; i += kWarpgroup) {
     const unsigned row = i / 8, column = i % 8 * 8;
     if (column / 16 > row / 16) store_shared(tile.address(row, column), uint4{0, 0, 0, 0});
   }
 }
 
-template <int kThreads>
-__device__ inline void fetch_factors(const float* shared, const float* source, int rows, unsigned thread) {
-  for (unsigned i = thread; i < rows * kTokens / 4; i += kThreads) {
+__device__ inline void fetch_factors(const float* shared, const float* source, unsigned thread) {
+  for (unsigned i = thread; i < (kLogDecay + 1) * kTokens / 4; i += kWarpgroup) {
     copy_async_or_zero(shared_address(shared) + i * 16, source + i * 4, true);
   }
+}
+
+// The fetching warpgroup's work: calls fetch(index) for all chunks in their order, and says when they have come.
+template <class Team, int kStages, class Fetch>
+__device__ __forceinline__ void fetch_all(int64_t chunks, Fetch fetch) {
+  constexpr int kUnderWay = kStages - 2;  // besides the last one
+  const auto publish = [](int64_t step) {
+    publish_shared();
+    arrive_at(Team::full(step % kStages), Team::kAll);
+  };
+  for (int64_t step = 0; step < chunks; ++step) {
+    if (step >= kStages) meet_at(Team::empty(step % kStages), Team::kAll);
+    fetch(step, static_cast<int>(step % kStages));
+    commit_copies();
+    wait_for_copies<kUnderWay>();
+    if (step >= kUnderWay) publish(step - kUnderWay);
+  }
+  wait_for_copies<0>();
+  for (int64_t step = max(chunks - kUnderWay, int64_t{0}); step < chunks; ++step) publish(step);
 }
 
 // A factor of the two tokens that a lane has of a tile of eight.
@@ -92,187 +192,83 @@ __device__ inline float2 factor_pair(const float* factors, Factor factor, int ti
   return *reinterpret_cast<const float2*>(&factors[factor * kTokens + tile * 8 + threadIdx.x % 4 * 2]);
 }
 
-// A warp's 16 columns of a tile to their place, `column`, in the chunk's rows of a dense [B, T, Hv, V]: 32 bytes a row.
-template <typename T, int kColumns>
-__device__ inline void store_token_rows(T* output, const TileView<T, kTokens, kColumns>& tile, int tile_column,
-                                        const Inputs& in, const Chunk& chunk, int64_t head, int column) {
-  const int lane = threadIdx.x % 32, part = lane % 2 * 8;
-  T* const first = output + ((chunk.batch * in.sequences.tokens + chunk.token) * in.value_heads + head) * in.value_dim;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = i * 16 + lane / 2;
-    const uint4 piece = load_shared(tile.address(row, tile_column + part));
-    if (row < chunk.tokens && column + part < in.value_dim) {
-      *reinterpret_cast<uint4*>(first + row * in.value_heads * in.value_dim + column + part) = piece;
-    }
-  }
+__device__ inline float chunk_decay(const float* factors) {
+  return exp2_fast(factors[kLogDecay * kTokens + kTokens - 1]);
 }
 
-// Starts c += or = x^T matrix^T. The zeros above the diagonal are multiplied too: parts of c as operands of their own
-// make the compiler wait after each product.
-template <typename T>
-__device__ __forceinline__ void start_times_transposed(Accumulator (&c)[kTokens / 8], const Fragment (&x)[kTokens / 16],
-                                                       const TileView<T, kTokens, kTokens>& matrix, bool fresh) {
+// x = c with each token's column times its factor, rounded.
+template <typename T, class FactorOf>
+__device__ __forceinline__ void round_scaled(Fragment (&x)[kTokens / 16], const Accumulator (&c)[kTokens / 8],
+                                             FactorOf factor_of) {
 #pragma unroll
   for (int k = 0; k < kTokens / 16; ++k) {
-    multiply_by_rows<kTokens / 8>(c, InRegisters{x}, k, matrix, 0, k * 16, fresh && k == 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int tile = 2 * k + i / 2;
+      const float2 factor = factor_of(tile);
+      x[k][i] = pack_pair<T>(c[tile][i % 2 * 2] * factor.x, c[tile][i % 2 * 2 + 1] * factor.y);
+    }
   }
 }
 
-template <typename T, int kKeys, int kWarps, Scan kScan>
-__global__ void __launch_bounds__(32 * kWarps, 1) scan_kernel(const __grid_constant__ ScanParams p) {
-  using Memory = ScanMemory<T, kKeys, kWarps, kScan>;
-  using Stage = ScanStage<T, kKeys, kWarps, kScan>;
-  constexpr int kThreads = 32 * kWarps, kTokenTiles = kTokens / 8;
-  constexpr bool kOutputs = kScan == Scan::outputs;
-  const Inputs& in = p.chunk.inputs;
-  const int keys = static_cast<int>(in.key_dim), values = static_cast<int>(in.value_dim);
-  const int thread = threadIdx.x, warp = thread / 32;
+template <typename T>
+__device__ __forceinline__ void round_plain(Fragment (&x)[kTokens / 16], const Accumulator (&c)[kTokens / 8]) {
+  round_scaled<T>(x, c, [](int) { return make_float2(1.0f, 1.0f); });
+}
 
-  const int parts = (values + kWarps * kWarpColumns - 1) / (kWarps * kWarpColumns);
-  const int64_t head_number = blockIdx.x / parts;
-  const int block_column = static_cast<int>(blockIdx.x - head_number * parts) * kWarps * kWarpColumns;
-  const int64_t sequence_number = head_number / in.value_heads, head = head_number % in.value_heads;
-  const int64_t key_head = head / in.group();
-  const int tile_column = warp * kWarpColumns, column = block_column + tile_column;
-  wait_for_predecessor();
-  release_successor();
-  const Sequence sequence = in.sequences[sequence_number];
-  const int64_t first_number = in.sequences.first_chunk(sequence_number, kChunk);
-  const int64_t chunks = (sequence.end - sequence.begin + kChunk - 1) / kChunk;
-  char* const memory = dynamic_shared();
-
-  const auto chunk_of = [&](int64_t index) {
-    const int64_t token = sequence.begin + index * kChunk;
-    return Chunk{sequence_number, sequence.batch, token, static_cast<int>(min(sequence.end - token, kChunk))};
-  };
-  const auto unit_of = [&](int64_t index) { return (first_number + index) * in.value_heads + head; };
-  const auto fetch = [&](int64_t index) {
-    if (index < chunks) {
-      const Stage stage(memory, index % Memory::kStages);
-      const Chunk chunk = chunk_of(index);
-      const int64_t unit = unit_of(index);
-      const bool aligned = p.chunk.aligned;
-      const Prepared& prepared = p.chunk.prepared;
-      fetch_tile<kThreads>(stage.keys, rows_of<T>(in.k, chunk, key_head, keys, aligned), thread);
-      TileSource<T> v = rows_of<T>(in.v, chunk, head, values - block_column, aligned);
-      v.first += block_column;
-      fetch_tile<kThreads>(stage.values, v, thread);
-      fetch_lower<kThreads>(stage.inverse, static_cast<const T*>(prepared.inverse) + unit * kMatrix, thread);
-      if constexpr (kOutputs) {
-        fetch_tile<kThreads>(stage.queries, rows_of<T>(in.q, chunk, key_head, keys, aligned), thread);
-        fetch_lower<kThreads>(stage.scores, static_cast<const T*>(prepared.scores) + unit * kMatrix, thread);
-      }
-      fetch_factors<kThreads>(stage.factors, prepared.factors + unit * (kFactors * kTokens), kLogDecay + 1, thread);
-    }
-    commit_copies();
-  };
-
-  StateColumns<kKeys> state;  // of S^T: rows are columns of S
-  state.load(in.initial_state, in.initial_state.offset(sequence_number, head), keys, values, column);
-  for (int i = 0; i < Memory::kStages; ++i) {
-    clear_upper<kThreads>(Stage(memory, i).inverse, thread);
-    if constexpr (kOutputs) clear_upper<kThreads>(Stage(memory, i).scores, thread);
+__device__ __forceinline__ void scale_tokens(Accumulator (&c)[kTokens / 8], const float* factors, Factor factor) {
+#pragma unroll
+  for (int tile = 0; tile < kTokens / 8; ++tile) {
+    const float2 pair = factor_pair(factors, factor, tile);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[tile][i] *= i % 2 ? pair.y : pair.x;
   }
-  fetch(0);
-  for (int64_t index = 0; index < chunks; ++index) {
-    fetch(index + 1);
-    wait_for_copies<1>();
-    publish_shared();
-    __syncthreads();
-    const Stage stage(memory, index % Memory::kStages);
-    const Chunk chunk = chunk_of(index);
+}
 
-    Fragment s[kKeys / 16];
-    state.template round<T>(s);
-    Accumulator read[kTokenTiles], o[kTokenTiles];
-    begin_products();
+// A warp's x^T [16, kTokens] as rows of a tile [64 of V, kTokens].
+template <typename T>
+__device__ inline void store_rows(const TileView<T, kTokens, kTokens>& tile, int warp,
+                                  const Fragment (&x)[kTokens / 16]) {
 #pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
-      multiply_by_rows<kTokenTiles>(read, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
-    }
-    commit_products();
-    if constexpr (kOutputs) {
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) {
-        multiply_by_rows<kTokenTiles>(o, InRegisters{s}, k, stage.queries, 0, k * 16, k == 0);
-      }
-      commit_products();
-    } else {
-      state.template store_rows<T>(static_cast<T*>(p.states) + unit_of(index) * keys * values, s, keys, values, column);
-    }
-    wait_for_products<kOutputs ? 1 : 0>();
-    keep(read);
-    Fragment u[kTokens / 16];  // first the right side of the system
-#pragma unroll
-    for (int k = 0; k < kTokens / 16; ++k) {
-      Fragment v;
-      stage.values.template load_columns_first<true>(v, k * 16, tile_column);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int tile = 2 * k + i / 2;
-        const float2 key_in = factor_pair(stage.factors, kKeyIn, tile), beta = factor_pair(stage.factors, kBeta, tile);
-        float low, high;
-        unpack_pair<T>(v[i], low, high);
-        u[k][i] = pack_pair<T>(beta.x * (low - key_in.x * read[tile][i % 2 * 2]),
-                               beta.y * (high - key_in.y * read[tile][i % 2 * 2 + 1]));
-      }
-    }
-    Accumulator solved[kTokenTiles];
-    begin_products();
-    start_times_transposed(solved, u, stage.inverse, true);
-    commit_products();
-    state.scale(expf(stage.factors[kLogDecay * kTokens + kTokens - 1]));
-    if constexpr (kOutputs) {
-      wait_for_products<1>();
-      keep(o);
-#pragma unroll
-      for (int tile = 0; tile < kTokenTiles; ++tile) {
-        const float2 query_in = factor_pair(stage.factors, kQueryIn, tile);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[tile][i] *= i % 2 ? query_in.y : query_in.x;
-      }
-    }
-    wait_for_products<0>();
-    keep(solved);
-    Fragment written[kTokens / 16];
-#pragma unroll
-    for (int k = 0; k < kTokens / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int tile = 2 * k + i / 2;
-        const float low = solved[tile][i % 2 * 2], high = solved[tile][i % 2 * 2 + 1];
-        const float2 key_out = factor_pair(stage.factors, kKeyOut, tile);
-        u[k][i] = pack_pair<T>(low, high);
-        written[k][i] = pack_pair<T>(low * key_out.x, high * key_out.y);
-      }
-    }
-    begin_products();
-    if constexpr (kOutputs) {
-      start_times_transposed(o, u, stage.scores, false);
-      commit_products();
-    }
-    state.template start_adding<T>(written, stage.keys);
-    commit_products();
-    if constexpr (kOutputs) {
-      wait_for_products<1>();
-      keep(o);
-#pragma unroll
-      for (int k = 0; k < kTokens / 16; ++k) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          u[k][i] = pack_pair<T>(o[2 * k + i / 2][i % 2 * 2], o[2 * k + i / 2][i % 2 * 2 + 1]);
-        }
-      }
-    }
-    store_columns<T>(stage.values, tile_column, u);
-    store_token_rows<T>(static_cast<T*>(p.o.data), stage.values, tile_column, in, chunk, head, column);
-    wait_for_products<0>();
-    keep(state.tiles);
-    __syncthreads();
+  for (int k = 0; k < kTokens / 16; ++k) tile.store_rows_first(x[k], warp * 16, k * 16);
+}
+
+// Four 8x8 matrices, of tokens [0, 8) and columns [0, 8), [8, 16), then of tokens [8, 16), to their place in the
+// chunk's rows of a dense [B, T, Hv, V], 16 bytes a lane.
+template <typename T>
+__device__ inline void store_tokens(T* output, Fragment& r, int row, const Inputs& in, const Chunk& chunk, int64_t head,
+                                    int column) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, token = row + t / 2 * 8 + g;
+  transpose_quad(r);
+  column += t % 2 * 8;
+  if (token < chunk.tokens && column < in.value_dim) {
+    const int64_t at = (chunk.batch * in.sequences.tokens + chunk.token + token) * in.value_heads + head;
+    *reinterpret_cast<uint4*>(output + at * in.value_dim + column) = uint4{r[0], r[1], r[2], r[3]};
   }
-  if (p.final_state.data) {
-    state.store(p.final_state, p.final_state.offset(sequence_number, head), keys, values, column);
+}
+
+// From a tile [64 of V, kTokens], a warp's 16 columns.
+template <typename T>
+__device__ inline void store_tile_tokens(void* output, const TileView<T, kTokens, kTokens>& tile, int warp,
+                                         const Inputs& in, const Chunk& chunk, int64_t head, int column) {
+#pragma unroll
+  for (int k = 0; k < kTokens / 16; ++k) {
+    Fragment r;
+    tile.template load_rows_first<true>(r, warp * 16, k * 16);
+    store_tokens(static_cast<T*>(output), r, k * 16, in, chunk, head, column);
+  }
+}
+
+// A group's tile of the state to rows of [V, K].
+template <typename T, int kKeys>
+__device__ inline void store_state_tile(T* states, const TileView<T, kTokens, kKeys>& tile, unsigned thread,
+                                        int columns, int keys) {
+  constexpr unsigned kPieces = kKeys / 8;
+  for (unsigned i = thread; i < kGroupColumns * kPieces; i += kWarpgroup) {
+    const unsigned row = i / kPieces, column = i % kPieces * 8;
+    if (row < static_cast<unsigned>(max(columns, 0)) && column < static_cast<unsigned>(keys)) {
+      *reinterpret_cast<uint4*>(states + row * keys + column) = load_shared(tile.address(row, column));
+    }
   }
 }
 

@@ -64,24 +64,6 @@ struct StateColumns {
     }
   }
 
-  // Rounded, to rows of [V, K], 16 bytes a lane.
-  template <typename T>
-  __device__ static void store_rows(T* states, const Fragment (&s)[kKeys / 16], int keys, int values, int column) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int quad = 0; quad < kKeys / 32; ++quad) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Fragment words = {s[2 * quad][half], s[2 * quad][half + 2], s[2 * quad + 1][half], s[2 * quad + 1][half + 2]};
-        transpose_quad(words);
-        const int row = column + half * 8 + g, first = quad * 32 + t * 8;
-        if (row < values && first < keys) {
-          *reinterpret_cast<uint4*>(states + row * keys + first) = uint4{words[0], words[1], words[2], words[3]};
-        }
-      }
-    }
-  }
-
   __device__ void scale(float factor) {
 #pragma unroll
     for (Accumulator& tile : tiles) {
@@ -103,22 +85,5 @@ struct StateColumns {
     }
   }
 };
-
-// x^T [16, kTokens] as columns of a tile that this warp alone uses, all of whose reads of them are done.
-template <typename T, int kColumns>
-__device__ inline void store_columns(const TileView<T, kTokens, kColumns>& tile, int column,
-                                     const Fragment (&x)[kTokens / 16]) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  __syncwarp();
-#pragma unroll
-  for (int k = 0; k < kTokens / 16; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = k * 16 + i / 2 * 8 + g, first = column + i % 2 * 8;
-      store_shared(tile.address(row, first) + 4 * t, transpose_matrix(x[k][i]));
-    }
-  }
-  __syncwarp();
-}
 
 }  // namespace inlay::gdn::cuda

@@ -54,7 +54,6 @@ class Mode(IntEnum):
 _MODE = {mode.name.lower(): int(mode) for mode in Mode}
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
-_MAX_RECURRENT_TOKENS = 512  # of a sequence on CUDA
 _MAX_STEP_TOKENS = 16
 
 _ops = _load.namespace()
@@ -65,18 +64,14 @@ _rule_bwd = _ops.gated_delta_rule_bwd.default
 _step = _ops.gated_delta_step.default
 
 
-def _has_kernel(q: Tensor, cu_seqlens: Tensor | None, mode: str, needs_grad: bool) -> bool:
+def _has_kernel(q: Tensor, mode: str, needs_grad: bool) -> bool:
     """Whether the rule is the native op; else it is the reference.
 
-    On CUDA there is a kernel for the forward, token by token, which for long sequences is slower than eager code in
-    chunks. This is the one place that knows: with CUDA kernels for chunks it goes, and its use with it.
+    On CUDA the kernels for chunks, and so the backward, are for 16-bit values, which tensor cores multiply.
     """
-    if q.device.type != "cuda":
+    if q.device.type != "cuda" or q.dtype != torch.float32:
         return True
-    if q.dtype != torch.float32:
-        return True
-    few = cu_seqlens is not None or q.shape[1] <= _MAX_RECURRENT_TOKENS
-    return not needs_grad and (mode == "recurrent" or (mode == "auto" and few))
+    return not needs_grad and mode != "chunk"
 
 
 def gdn_gates(
@@ -145,9 +140,9 @@ def gated_delta_rule(
             the device.
         mode: ``"chunk"``, ``"recurrent"`` (token by token, for few tokens), or ``"auto"``: whichever is faster for each
             sequence's length. They agree to rounding; gradients are the same.
-            On CUDA only the recurrence without gradients has a kernel yet: ``"chunk"``, ``"auto"`` for more than 512
-            tokens of unpacked sequences, and whatever needs gradients are eager code, which waits for the device to
-            read ``cu_seqlens``.
+            On CUDA ``"auto"`` is ``"chunk"`` for 16-bit q: packed sequences then give the bits they give alone,
+            whatever their lengths. Float32 there is the recurrence, without gradients; with them, or as ``"chunk"``,
+            it is eager code, which waits for the device to read ``cu_seqlens``.
         state_dtype: of the final state; None is initial_state's dtype, or float32 without one.
 
     Returns:
@@ -160,7 +155,7 @@ def gated_delta_rule(
     """
     try:
         needs_grad = checks.needs_grad(q, k, v, g, beta, initial_state)
-        if not _has_kernel(q, cu_seqlens, mode, needs_grad):
+        if not _has_kernel(q, mode, needs_grad):
             _check_rule("gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, mode, state_dtype)
             return reference.gated_delta_rule(
                 q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
