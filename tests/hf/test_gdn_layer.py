@@ -45,6 +45,15 @@ def new_cache(layer_idx: int = 0) -> Any:
     return Cache(layers=[LinearAttentionLayer() for _ in range(layer_idx + 1)])
 
 
+def assert_close(actual: Tensor, expected: Tensor, what: str, computed_in: torch.dtype) -> None:
+    """In 16 bits within one unit in the last place, in relative L2: transformers 5.16 rounds the normalised q and k."""
+    if computed_in == torch.float32:
+        return assert_same_values(actual, expected, what)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= torch.finfo(computed_in).eps, f"{what}: {error:.2e}"
+
+
 def calls(report: inlay.hf.report.Report) -> list[int]:
     return [entry.calls for entry in report.patched if entry.op == "gdn_layer"]
 
@@ -74,7 +83,7 @@ def test_prefill_in_pieces_then_decoding(family: str, kind: str, device: str, dt
         assert len(addresses) == 1, "the cache's tensors moved"
         results.append((torch.cat(logits, 1), *states))
     for actual, expected, what in zip(*reversed(results), ("logits", "conv state", "recurrent state"), strict=True):
-        assert_same_values(actual, expected, what, dtype)
+        assert_close(actual, expected, what, dtype)
     assert calls(inlay.report(model)) == [len(pieces)] * 3
 
 
@@ -133,9 +142,9 @@ def test_padding(family: str, side: str, device: str, dtype: torch.dtype) -> Non
     expected = layer(x, cache_params=theirs, attention_mask=mask)
     inlay.patch(layer, strict=True)
     actual = layer(x, cache_params=ours, attention_mask=mask)
-    assert_same_values(actual, expected, "output")
+    assert_close(actual, expected, "output", dtype)
     for state in ("conv_states", "recurrent_states"):
-        assert_same_values(getattr(ours.layers[0], state)[0], getattr(theirs.layers[0], state)[0], state, dtype)
+        assert_close(getattr(ours.layers[0], state)[0], getattr(theirs.layers[0], state)[0], state, dtype)
     if side == "left" and dtype == torch.float32:
         assert_same_values(actual[:1, 7:], layer(x[:1, 7:]), "without padding")
 

@@ -120,9 +120,20 @@ def test_no_random_number_is_drawn_and_no_weight_is_read() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def as_module(function: Any) -> nn.Module:
+    """What the package kernels makes of a function."""
+
+    class Function(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    return Function()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wrapper", [lambda function: function, as_module], ids=["function", "module"])
 def test_recognised_where_other_packages_have_replaced_its_functions(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, wrapper: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where flash-linear-attention is installed, whose kernels do not run where layers are tried out."""
     layer = gdn_layer(family)
@@ -134,7 +145,7 @@ def test_recognised_where_other_packages_have_replaced_its_functions(
         def kernel(*args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("0 active drivers")
 
-        monkeypatch.setattr(module, name, kernel)
+        monkeypatch.setattr(module, name, wrapper(kernel))
     gdn_recognise._known.clear()
     assert [entry.op for entry in inlay.patch(layer, ops=["gdn_layer"]).patched] == ["gdn_layer"]
 

@@ -56,9 +56,12 @@ def hooked(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_parameters_are_those_of_the_function(name: str, family: str) -> None:
     """kernels compares kinds and number, and passes arguments by position and by name."""
     function = getattr(module_of(gdn_layer(family)), HOOKS[name])
-    expected = list(inspect.signature(function).parameters.values())
+    if isinstance(function, nn.Module):  # what kernels makes of it
+        _, *expected = inspect.signature(type(function).forward).parameters.values()
+    else:
+        expected = list(inspect.signature(function).parameters.values())
     _, *actual = inspect.signature(LAYERS[name].forward).parameters.values()
-    assert [(p.name, p.kind, p.default) for p in actual] == [(p.name, p.kind, p.default) for p in expected]
+    assert [(p.name, p.kind) for p in actual] == [(p.name, p.kind) for p in expected]
 
 
 @pytest.mark.parametrize("layer", LAYERS.values())

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+from torch import nn
+
 # Edits a definition in place. Returns a word on what was done, for the file name; or, if there is nothing to do, the
 # reason why, or None.
 Edit = Callable[[ast.FunctionDef], "Edited | str | None"]
@@ -47,8 +49,17 @@ def with_eager_functions(function: Callable) -> Callable | str:
     if not isinstance(function, FunctionType):
         return f"its forward is a {type(function).__name__}, not a Python function"
     names = {*function.__code__.co_names} & function.__globals__.keys()
-    eager = {name: inspect.unwrap(value) for name in names if callable(value := function.__globals__[name])}
+    eager = {name: _eager(value) for name in names if callable(value := function.__globals__[name])}
     return _like(function, function.__code__, function.__closure__, {**function.__globals__, **eager})
+
+
+def _eager(function: Callable) -> Callable:
+    """What decorators stand around. The package kernels makes a function a module with it in its forward's closure."""
+    if isinstance(function, nn.Module):
+        contents = [cell.cell_contents for cell in getattr(type(function).forward, "__closure__", None) or ()]
+        inner = [content for content in contents if isinstance(content, FunctionType)]
+        function = inner[0] if len(inner) == 1 else function
+    return inspect.unwrap(function)
 
 
 def _rewrapped(function: Callable, wrapped: Callable, inner: Callable) -> Callable | str:
