@@ -1,6 +1,7 @@
 """Fused C++/CUDA ops for Hugging Face models."""
 
 from inlay._info import Info, info
+from inlay.hf.kernels import register_kernels
 from inlay.hf.patch import patch, patched, report, unpatch
 from inlay.ops.conv import causal_conv1d, causal_conv1d_step
 from inlay.ops.gdn import gated_delta_rule, gated_delta_step, gdn_gates
@@ -20,6 +21,7 @@ __all__ = [
     "layer_norm",
     "patch",
     "patched",
+    "register_kernels",
     "report",
     "rms_norm",
     "unpatch",

@@ -42,13 +42,13 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     "qwen3_next": (
         "Qwen3NextConfig",
         {**_GDN, **_EXPERTS, **_SHARED},
-        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4},
+        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3},
     ),
-    "qwen3_5": ("Qwen3_5TextConfig", _GDN, {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4}),
+    "qwen3_5": ("Qwen3_5TextConfig", _GDN, {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3}),
     "qwen3_5_moe": (
         "Qwen3_5MoeTextConfig",
         {**_GDN, **_EXPERTS, **_SHARED},
-        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4},
+        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3},
     ),
     "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16}, {"rms_norm": 9, "add_rms_norm": 2}),
     "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 16}, {"rms_norm": 13, "add_rms_norm": 2}),

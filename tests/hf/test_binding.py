@@ -91,13 +91,14 @@ def test_ops_select(model: nn.Module) -> None:
     assert {entry.reason for entry in report.unpatched} <= {
         "not patched (op rms_norm)",
         "not patched (op gated_rms_norm)",
+        "not patched (op gdn_layer)",
     }
     model(tokens(model))
     assert all(entry.calls for entry in inlay.report(model).patched)
 
 
 def test_unknown_op_names_the_known_ones(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"ops must be names out of rms_norm, .*add_rms_norm, got 'rmsnorm'"):
+    with pytest.raises(ValueError, match=r"ops must be names out of rms_norm, .*gdn_layer, got 'rmsnorm'"):
         inlay.patch(model, ops=["rmsnorm"])
 
 

@@ -57,9 +57,13 @@ def test_trains_and_generates(demo: Any, device: str) -> None:
     assert [check["passed"] for check in results["checks"]] == [True] * 4
     assert len(results["generation"]["patched"]["tokens"]) == 16
     ops = {entry["op"]: entry for entry in training["report"]["entries"] if entry["op"]}
-    assert {"rms_norm", "gated_rms_norm", "add_rms_norm"} <= set(ops)
+    assert {"rms_norm", "gated_rms_norm", "add_rms_norm", "gdn_layer"} <= set(ops)
     assert all(entry["calls"] > 0 and entry["backend"] == device for entry in ops.values())
-    for part in ("tokens/s", "peak memory", "prefill", "decode", "gated_rms_norm", "The numbers agree."):
+    layer = results["gdn_layer"]
+    assert layer["unpatched"].keys() == layer["patched"].keys()
+    assert len(layer["patched"]) == 3
+    assert all(seconds > 0 for side in layer.values() for seconds in side.values())
+    for part in ("tokens/s", "peak memory", "prefill", "decode", "gdn_layer", "The numbers agree."):
         assert part in text
 
 
@@ -75,6 +79,7 @@ def test_bfloat16_and_chosen_ops(demo: Any) -> None:
     status, results, text = demo("--device", "cpu", "--dtype", "bfloat16", "--ops", "rms_norm")
     assert status == 0, text
     assert {entry["op"] for entry in results["training"]["report"]["entries"]} - {""} == {"rms_norm"}
+    assert "gdn_layer" not in results
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

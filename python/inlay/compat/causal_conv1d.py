@@ -8,9 +8,9 @@ See :mod:`inlay.ops.conv` for the maths, dtypes and errors.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from inlay.ops._packing import sequence_offsets
 from inlay.ops.conv import causal_conv1d, causal_conv1d_step
 
 _ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
@@ -51,7 +51,11 @@ def causal_conv1d_fn(
             raise NotImplementedError("causal_conv1d_fn: initial_states must be None with seq_idx")
         if return_final_states:
             raise NotImplementedError("causal_conv1d_fn: return_final_states must be False with seq_idx")
-        tokens, cu_seqlens = tokens.reshape(1, -1, x.shape[1]), _boundaries(x, seq_idx)
+        if seq_idx.shape != (x.shape[0], x.shape[2]):
+            raise ValueError(
+                f"causal_conv1d_fn: seq_idx must have shape [{x.shape[0]}, {x.shape[2]}], got {list(seq_idx.shape)}"
+            )
+        tokens, cu_seqlens = tokens.reshape(1, -1, x.shape[1]), sequence_offsets(seq_idx)
     results = causal_conv1d(
         tokens,
         weight,
@@ -112,21 +116,3 @@ def _activation(op: str, activation: str | None) -> str | None:
     if activation not in _ACTIVATIONS:
         raise NotImplementedError(f"{op}: activation must be None, 'silu' or 'swish', got {activation!r}")
     return _ACTIVATIONS[activation]
-
-
-def _boundaries(x: Tensor, seq_idx: Tensor) -> Tensor:
-    """``cu_seqlens`` of all batch rows' tokens one after another, made on their device.
-
-    How many sequences there are is known there alone, so there is room for one a token; those that do not exist are
-    empty and lie at the end.
-    """
-    if seq_idx.shape != (x.shape[0], x.shape[2]):
-        raise ValueError(
-            f"causal_conv1d_fn: seq_idx must have shape [{x.shape[0]}, {x.shape[2]}], got {list(seq_idx.shape)}"
-        )
-    starts = torch.ones_like(seq_idx, dtype=torch.bool)
-    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    tokens = torch.arange(starts.numel(), device=x.device)
-    sequences = starts.flatten().cumsum(0) - 1  # of each token
-    boundaries = torch.full((starts.numel() + 2,), starts.numel(), device=x.device)
-    return boundaries.scatter_reduce(0, sequences, tokens, "amin")

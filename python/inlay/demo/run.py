@@ -16,6 +16,7 @@ import inlay
 from inlay._console import CommandError, heading, indent, seconds_text
 from inlay.demo import data, plot, show
 from inlay.demo.generate import Generation, generate
+from inlay.demo.layer import LayerTimes, time_gdn_layer
 from inlay.demo.model import checkpoint, new_model
 from inlay.demo.options import Options, resolve
 from inlay.demo.train import Run, Training, train
@@ -61,6 +62,11 @@ def _run(options: Options) -> int:
     texts = tokenizer.decode(generation.unpatched.tokens), tokenizer.decode(generation.patched.tokens)
     show.generation(generation, prompt, texts)
 
+    layer_times = time_gdn_layer(model, options)
+    if layer_times:
+        heading("One Gated DeltaNet layer")
+        show.gdn_layer(layer_times)
+
     heading("What Inlay replaced")
     print(indent(str((training or generation).report)))
 
@@ -69,7 +75,7 @@ def _run(options: Options) -> int:
     show.verdict(checks)
     agrees = all(check.passed for check in checks)
 
-    results = _results(options, training, generation, texts, checks)
+    results = _results(options, training, generation, layer_times, texts, checks)
     (options.output / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n  {'The numbers agree.' if agrees else 'The numbers do NOT agree.'} ", end="")
     print(f"Took {seconds_text(time.perf_counter() - started)}. Results: {options.output / 'demo.json'}", end="")
@@ -83,7 +89,12 @@ def _run(options: Options) -> int:
 
 
 def _results(
-    options: Options, training: Training | None, generation: Generation, texts: tuple[str, ...], checks: list[Check]
+    options: Options,
+    training: Training | None,
+    generation: Generation,
+    layer_times: LayerTimes | None,
+    texts: tuple[str, ...],
+    checks: list[Check],
 ) -> dict[str, Any]:
     """Everything measured, as plain values."""
     results: dict[str, Any] = {
@@ -92,6 +103,8 @@ def _results(
         "checks": [{**asdict(check), "passed": check.passed} for check in checks],
         "generation": asdict(generation) | {"texts": texts},
     }
+    if layer_times:
+        results["gdn_layer"] = asdict(layer_times)
     if training:
         runs = {name: _run_results(getattr(training, name)) for name in ("unpatched", "patched", "nudged")}
         results["training"] = runs | {

@@ -11,6 +11,7 @@ import torch
 import inlay
 from inlay._console import bytes_text, facts, heading, indent, seconds_text, spread, table
 from inlay.demo.generate import Generation
+from inlay.demo.layer import LayerTimes
 from inlay.demo.options import Options
 from inlay.demo.train import Training
 from inlay.demo.verdict import FACTOR, Check
@@ -101,6 +102,14 @@ def generation(result: Generation, prompt: str, texts: tuple[str, str]) -> None:
             _rate,
         ),
         _row(f"decode of {decoded}, tokens/s", decoded / first.decode_seconds, decoded / second.decode_seconds, _rate),
+    ]
+    print(f"\n{indent(table(_SIDES, rows))}", flush=True)
+
+
+def gdn_layer(times: LayerTimes) -> None:
+    """What one Gated DeltaNet layer takes."""
+    rows = [
+        _row(name, seconds, times.patched[name], seconds_text, faster=True) for name, seconds in times.unpatched.items()
     ]
     print(f"\n{indent(table(_SIDES, rows))}", flush=True)
 

@@ -59,12 +59,12 @@ def setting_for(
     spec: NormSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None = None
 ) -> Setting | str:
     """How to compute this call, or why the module's own code has to."""
-    if type(x) not in _PLAIN:
+    if not is_plain(x):
         return f"x is a {type(x).__name__}"
     for tensor in (weight, bias, gate):
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN:
+        if not is_plain(tensor):
             return f"a weight, bias or gate is a {type(tensor).__name__}"
         if tensor.device != x.device:
             return f"a weight, bias or gate is on {tensor.device.type}, x on {x.device.type}"
@@ -116,6 +116,11 @@ def _fused(module: nn.Module, spec: NormSpec, x: Tensor, gate: Tensor | None = N
     return y if order is None else y.permute([order.index(dim) for dim in range(y.dim())])
 
 
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor or a parameter, and not one of a subclass: DTensor, a quantised or a fake tensor."""
+    return type(tensor) in _PLAIN
+
+
 def device_reason(x: Tensor) -> str | None:
     """Why there is no native kernel for a tensor like x."""
     if x.is_cpu:
@@ -131,6 +136,11 @@ def context_reason(spec: NormSpec, x: Tensor) -> str | None:
     """Why the surroundings of this call forbid a fused op."""
     if not spec.autocast_neutral and x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         return "autocast changes what it computes"
+    return transform_reason()
+
+
+def transform_reason() -> str | None:
+    """Why no custom op can take part in what surrounds this call."""
     if torch.compiler.is_compiling():
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:

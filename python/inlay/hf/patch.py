@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from inlay.hf import norms, residual
+from inlay.hf import gdn, norms, residual
 from inlay.hf.binding import Plan, bind, binding_of, foreign_forward, unbind
 from inlay.hf.report import Entry, Report
 
-PATCHERS = (norms, residual)
+PATCHERS = (norms, residual, gdn)
 OPS = tuple(op for patcher in PATCHERS for op in patcher.OPS)
 
 
@@ -30,7 +30,8 @@ def patch(model: Any, ops: Iterable[str] | None = None, strict: bool = False) ->
 
     Args:
         model: a ``torch.nn.Module``, or a diffusers pipeline, whose modules are patched.
-        ops: names of the ops to set in ("rms_norm", "gated_rms_norm", "layer_norm", "add_rms_norm"); None means all.
+        ops: names of the ops to set in ("rms_norm", "gated_rms_norm", "layer_norm", "add_rms_norm",
+            "gdn_layer"); None means all.
         strict: raise ``RuntimeError`` where a patched module would fall back to its own code.
 
     Returns:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+from torch import nn
+
 # Edits a definition in place. Returns a word on what was done, for the file name; or, if there is nothing to do, the
 # reason why, or None.
 Edit = Callable[[ast.FunctionDef], "Edited | str | None"]
@@ -32,8 +34,36 @@ def rewrite(function: Callable, edit: Edit, helpers: dict[str, Callable]) -> Cal
     if wrapped is None:
         return _rewrite_definition(function, edit, helpers)
     inner = rewrite(wrapped, edit, helpers)
-    if not callable(inner):
-        return inner
+    return _rewrapped(function, wrapped, inner) if callable(inner) else inner
+
+
+def with_eager_functions(function: Callable) -> Callable | str:
+    """``function``, calling undecorated versions of the decorated functions that it calls; or why that cannot be made.
+
+    transformers puts wrappers around functions that call another package's kernels where that package is installed.
+    """
+    wrapped = getattr(function, "__wrapped__", None)
+    if wrapped is not None:
+        inner = with_eager_functions(wrapped)
+        return _rewrapped(function, wrapped, inner) if callable(inner) else inner
+    if not isinstance(function, FunctionType):
+        return f"its forward is a {type(function).__name__}, not a Python function"
+    names = {*function.__code__.co_names} & function.__globals__.keys()
+    eager = {name: _eager(value) for name in names if callable(value := function.__globals__[name])}
+    return _like(function, function.__code__, function.__closure__, {**function.__globals__, **eager})
+
+
+def _eager(function: Callable) -> Callable:
+    """What decorators stand around. The package kernels makes a function a module with it in its forward's closure."""
+    if isinstance(function, nn.Module):
+        contents = [cell.cell_contents for cell in getattr(type(function).forward, "__closure__", None) or ()]
+        inner = [content for content in contents if isinstance(content, FunctionType)]
+        function = inner[0] if len(inner) == 1 else function
+    return inspect.unwrap(function)
+
+
+def _rewrapped(function: Callable, wrapped: Callable, inner: Callable) -> Callable | str:
+    """The decorator that made ``function`` from ``wrapped``, around ``inner`` instead."""
     # A decorator's wrapper reaches what it wraps through its closure, so the same wrapper around another function is
     # the same code with another cell. Wrappers that ask who they are still find the original (transformers'
     # checkpointing does, to see whether it is the outermost).
@@ -112,9 +142,16 @@ def _holds(cell: CellType, value: Any) -> bool:
         return False
 
 
-def _like(function: FunctionType, code: CodeType, closure: tuple[CellType, ...], **attributes: Any) -> FunctionType:
-    """``function`` with other code and closure."""
-    copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+def _like(
+    function: FunctionType,
+    code: CodeType,
+    closure: tuple[CellType, ...] | None,
+    module_globals: dict[str, Any] | None = None,
+    **attributes: Any,
+) -> FunctionType:
+    """``function`` with other code, closure and globals."""
+    module_globals = function.__globals__ if module_globals is None else module_globals
+    copy = FunctionType(code, module_globals, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function)
     del vars(copy)["__wrapped__"]
