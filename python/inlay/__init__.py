@@ -3,7 +3,7 @@
 from inlay._info import Info, info
 from inlay.hf.patch import patch, patched, report, unpatch
 from inlay.ops.conv import causal_conv1d, causal_conv1d_step
-from inlay.ops.gdn import gated_delta_rule, gated_delta_step, gdn_gates
+from inlay.ops.gdn import gated_delta_rule, gated_delta_step, gdn_gates, gdn_layer_step
 from inlay.ops.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "gated_delta_step",
     "gated_rms_norm",
     "gdn_gates",
+    "gdn_layer_step",
     "info",
     "l2_norm",
     "layer_norm",

@@ -12,6 +12,7 @@ import torch
 import inlay
 from inlay.ops import gdn as ops
 from tests.gdn.cases import LEAVES, Case, Tensors, gradients, random_like
+from tests.gdn.layer_cases import LayerCase
 from tests.support.compare import assert_same_bits
 
 OP = "gated_delta_rule_bwd"
@@ -74,6 +75,13 @@ def _step_cases(device: str) -> Iterator[tuple[Any, ...]]:
     yield *tensors, torch.empty(2, 3, 4, 16, 24, device=device), 0.25, False
 
 
+def _layer_step_cases(device: str) -> Iterator[tuple[Any, ...]]:
+    for dtype, state_dtype in ((F32, F32), (BF16, F32), (BF16, BF16)):
+        case = LayerCase(tokens=3, conv_bias=dtype == BF16)
+        tensors = case.inputs(dtype, device, state_dtype)
+        yield *tensors.values(), case.key_heads, 1e-6, 1.0
+
+
 # Every raw op's argument lists, for opcheck; a test of the whole package holds its keys to the registered ops.
 OPCHECK_CASES = {
     "gdn_gates": _gates_cases,
@@ -81,6 +89,7 @@ OPCHECK_CASES = {
     "gated_delta_rule": _rule_cases,
     "gated_delta_rule_bwd": _rule_backward_cases,
     "gated_delta_step": _step_cases,
+    "gdn_layer_step": _layer_step_cases,
 }
 
 
