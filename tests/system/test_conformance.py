@@ -17,7 +17,7 @@ from tests.system.environment import PACKAGE
 
 OPS = ops.registered()
 # Ops whose CUDA kernels are still to come: on CUDA their public functions are the reference.
-CPU_ONLY = {"gated_delta_rule_bwd", "gdn_layer_step"}
+CPU_ONLY = {"gated_delta_rule_bwd"}
 FAMILIES = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 
 

@@ -1,0 +1,163 @@
+// The step of a whole layer in one kernel. The value heads that share a key head are dealt out to the blocks of a
+// cluster: each convolves the channels of q and k for itself, those of v and the rest for its own heads. The
+// convolution's state of q and k is overwritten once all of them have read it. Where there are no clusters, one block
+// has all of the heads, one after another.
+#pragma once
+
+#include "common/cuda/launch.cuh"
+#include "conv/cuda/step.cuh"
+#include "gdn/cuda/gates.cuh"
+#include "gdn/cuda/state_tile.cuh"
+#include "gdn/layer.h"
+
+namespace inlay::gdn::cuda {
+
+struct LayerKernelParams {
+  LayerStepParams layer;
+  int blocks;    // of a cluster
+  bool aligned;  // the states
+};
+
+inline constexpr int kLayerLanes = 32;
+inline constexpr int kLayerThreads = kLayerLanes * kGroups;
+inline constexpr int kLayerTokens = static_cast<int>(kMaxStepTokens);
+
+template <int kRows>
+struct LayerShared : TileShared<kRows, kLayerLanes, kLayerTokens> {
+  float v[kLayerTokens][kMaxHeadDim];  // then o
+  float gate[kLayerTokens][kMaxHeadDim];
+  float norm_weight[kMaxHeadDim];
+};
+
+// The value that storing x as T and loading it again gives.
+template <typename T>
+__device__ inline float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
+    layer_step_kernel(const __grid_constant__ LayerKernelParams params) {
+  using Tile = StateTile<kRows, kLayerLanes>;
+  extern __shared__ uint4 dynamic_shared[];
+  auto& shared = *reinterpret_cast<LayerShared<kRows>*>(dynamic_shared);
+  const LayerStepParams& p = params.layer;
+  const int keys = static_cast<int>(p.key_dim), values = static_cast<int>(p.value_dim);
+  const int key_heads = static_cast<int>(p.key_heads), value_heads = static_cast<int>(p.value_heads);
+  const int group = value_heads / key_heads, tokens = static_cast<int>(p.conv.time);
+  const int cluster = static_cast<int>(blockIdx.x) / params.blocks;
+  const int rank = static_cast<int>(blockIdx.x) - cluster * params.blocks;
+  const int64_t batch = cluster / key_heads;
+  const int key_head = cluster - static_cast<int>(batch) * key_heads;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool shares_keys = params.blocks > 1;
+
+  const int first_head = key_head * group + rank;
+  Tile(keys, values, 0, params.aligned).prefetch(p.state.data, p.state.dtype, p.state.offset(batch, first_head));
+  wait_for_predecessor();
+  release_successor();
+
+  // Channels [0, 2 keys) of q and k, then those of v of one head; where their results go.
+  const auto channel_of = [&](int i, int head) {
+    if (i < keys) return key_head * keys + i;
+    if (i < 2 * keys) return (key_heads + key_head - 1) * keys + i;
+    return 2 * (key_heads - 1) * keys + head * values + i;
+  };
+  const auto result_of = [&](int i) {
+    return i < keys ? &shared.q[0][i] : i < 2 * keys ? &shared.k[0][i - keys] : &shared.v[0][i - 2 * keys];
+  };
+  const auto convolve = [&](int i, int head) {
+    const int64_t channel = channel_of(i, head);
+    conv::cuda::StepChannel<T> own(p.conv, batch, channel);
+    const T* x = static_cast<const T*>(p.conv.x.data) + p.conv.x.offset(batch, 0, channel);
+    float* result = result_of(i);
+    const int pitch = i < 2 * keys ? Tile::kKeys : static_cast<int>(kMaxHeadDim);
+    for (int token = 0; token < tokens; ++token, x += p.conv.x.time_stride, result += pitch) {
+      *result = rounded<T>(own.next(p.conv, to_float(*x)));
+    }
+    if (!shares_keys || i >= 2 * keys) own.store_state(p.conv, batch, batch, channel);
+  };
+  const auto load_gates = [&](int head) {
+    const int back = kLayerThreads - 1 - static_cast<int>(threadIdx.x);  // the convolution leaves the last warps idle
+    if (back < tokens) {
+      const int64_t row = batch * tokens + back;
+      const float g = -expf(value(p.log_decay, head)) * softplus(value(p.a, row, head) + value(p.dt_bias, head));
+      shared.decay[back] = expf(g);
+      const float beta = static_cast<float>(p.beta_scale) * sigmoid<float>(value(p.b, row, head));
+      shared.beta[back] = p.b.dtype == DType::f32 ? beta : rounded<T>(beta);
+    }
+    for (int i = back; i < tokens * values; i += kLayerThreads) {
+      const int token = i / values, column = i - token * values;
+      const float z = to_float(
+          static_cast<const T*>(p.z.data)[p.z.layout.offset((batch * tokens + token) * value_heads + head) + column]);
+      shared.gate[token][column] = z * sigmoid<T>(z);
+    }
+  };
+  // Row `warp` of o, which has been rounded, in the steps of Hugging Face's gated norm.
+  const auto normalise = [&](int head) {
+    if (warp >= tokens) return;
+    float square_sum = 0.0f;
+    for (int i = lane; i < values; i += 32) square_sum = __fmaf_rn(shared.v[warp][i], shared.v[warp][i], square_sum);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) square_sum += __shfl_xor_sync(0xffffffffu, square_sum, offset);
+    const float rstd = rsqrtf(square_sum / static_cast<float>(values) + static_cast<float>(p.eps));
+    const bool rounds_product = p.norm_weight.dtype == kDType<T>;
+    T* const y = static_cast<T*>(p.y.data) + ((batch * tokens + warp) * value_heads + head) * values;
+    for (int i = lane; i < values; i += 32) {
+      float product = __fmul_rn(rounded<T>(__fmul_rn(shared.v[warp][i], rstd)), shared.norm_weight[i]);
+      if (rounds_product) product = rounded<T>(product);
+      y[i] = from_float<T>(__fmul_rn(product, shared.gate[warp][i]));
+    }
+  };
+
+  for (int own_head = rank; own_head < group; own_head += params.blocks) {
+    const int head = key_head * group + own_head;
+    const bool is_first = own_head == rank;
+    const int64_t state = p.state.offset(batch, head);
+    load_gates(head);
+    for (int i = threadIdx.x + (is_first ? 0 : 2 * keys); i < 2 * keys + values; i += kLayerThreads) {
+      convolve(i, head);
+    }
+    if (is_first) {
+      if (shares_keys) arrive_at_cluster();
+      for (int i = threadIdx.x; i < values; i += kLayerThreads) shared.norm_weight[i] = value(p.norm_weight, i);
+    }
+    for (int first_column = 0; first_column < values; first_column += Tile::kColumns) {
+      Tile tile(keys, values, first_column, params.aligned);
+      tile.load(p.state.data, p.state.dtype, state);
+      __syncthreads();
+      if (is_first && first_column == 0) {
+        if (warp < tokens) {
+          shared.prepare_keys(warp, keys, static_cast<float>(p.scale), true,
+                              [&](int which, int piece, float (&row)[kPiece]) {
+                                const float* const source = (which == 0 ? shared.q : shared.k)[warp] + piece * kPiece;
+#pragma unroll
+                                for (int i = 0; i < kPiece; ++i) row[i] = source[i];
+                              });
+        }
+        __syncthreads();
+      }
+      tile.widen(p.state.dtype);
+      for (int token = 0; token < tokens; ++token) {
+        tile.step(
+            shared, token,
+            [&](int column) { return first_column + column < values ? shared.v[token][first_column + column] : 0.0f; },
+            [&](int column, float o) {
+              if (first_column + column < values) shared.v[token][first_column + column] = rounded<T>(o);
+            });
+      }
+      tile.store(p.state.data, p.state.dtype, state);
+    }
+    normalise(head);
+    __syncthreads();  // the next head overwrites what the norm reads
+  }
+
+  if (!shares_keys) return;
+  wait_for_cluster();
+  if (rank != 0) return;
+  for (int i = threadIdx.x; i < 2 * keys; i += kLayerThreads) {
+    conv::cuda::StepChannel<T>::advance(p.conv, batch, batch, channel_of(i, 0));
+  }
+}
+
+}  // namespace inlay::gdn::cuda

@@ -1,0 +1,80 @@
+// Chooses the recurrent kernel for some parameters, and the steps of gdn/params.h, which it computes.
+#include "gdn/cuda/recurrent.cuh"
+
+#include <stdexcept>
+
+namespace inlay::gdn {
+namespace cuda {
+namespace {
+
+bool aligned_tokens(const TokenTensor& tensor) {
+  const int64_t elements = 16 / size_of(tensor.dtype);
+  return is_aligned(tensor.data) && tensor.batch_stride % elements == 0 && tensor.token_stride % elements == 0 &&
+         tensor.head_stride % elements == 0;
+}
+
+template <typename T, int kRows, int kColumnLanes>
+void launch(const RecurrentParams& p, void* stream) {
+  constexpr int64_t kColumns = StateTile<kRows, kColumnLanes>::kColumns;
+  const int64_t tiles = (p.inputs.value_dim + kColumns - 1) / kColumns;
+  const int64_t blocks = p.inputs.sequences.count * p.inputs.value_heads * tiles;
+  if (blocks == 0) return;
+  start<recurrent_kernel<T, kRows, kColumnLanes>, StateTile<kRows, kColumnLanes>::kThreads>(
+      p, dim3(static_cast<unsigned>(blocks)), stream);
+}
+
+// Few heads are spread over the chip in narrow tiles, and so are long sequences, in which blocks wait for themselves
+// more than for memory. The numbers are the same.
+bool is_wide(const RecurrentParams& p) {
+  const Inputs& in = p.inputs;
+  const int64_t heads = in.sequences.count * in.value_heads;
+  return p.aligned && in.value_dim > kLaneColumns * kNarrow * 2 && in.sequences.tokens <= kBatchTokens<8> &&
+         heads >= 2 * multiprocessor_count();
+}
+
+template <typename T>
+void launch(const RecurrentParams& p, void* stream) {
+  static_assert(kMaxHeadDim <= kGroups * 16 && kHeadDimMultiple == kPiece);
+  if (p.inputs.key_dim > kGroups * 8) {
+    launch<T, 16, kNarrow>(p, stream);
+  } else if (is_wide(p)) {
+    launch<T, 8, kWide>(p, stream);
+  } else if (p.inputs.key_dim > kGroups * 4) {
+    launch<T, 8, kNarrow>(p, stream);
+  } else {
+    launch<T, 4, kNarrow>(p, stream);
+  }
+}
+
+}  // namespace
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+bool is_aligned(const StateTensor& state) {
+  const int64_t elements = 16 / size_of(state.dtype);
+  return is_aligned(state.data) && state.sequence_stride % elements == 0 && state.head_stride % elements == 0;
+}
+
+void recurrent(RecurrentParams p, void* stream) {
+  const Inputs& in = p.inputs;
+  p.aligned = aligned_tokens(in.q) && aligned_tokens(in.k) && is_aligned(p.before) && is_aligned(p.after) &&
+              is_aligned(p.every.data);
+  switch (in.q.dtype) {
+    case DType::bf16:
+      return launch<__nv_bfloat16>(p, stream);
+    case DType::f16:
+      return launch<__half>(p, stream);
+    case DType::f32:
+      return launch<float>(p, stream);
+    default:
+      throw std::runtime_error("inlay: q must be float32, bfloat16 or float16 on CUDA, got float64");
+  }
+}
+
+}  // namespace cuda
+
+void step(const StepParams& params, void* stream) {
+  cuda::recurrent({params.inputs, params.o, params.state, params.state, params.states_out}, stream);
+}
+
+}  // namespace inlay::gdn
