@@ -23,12 +23,13 @@ void set_gates(LayerStepParams& params, const TensorInfo& x, const LayerGates& t
   for (const TensorInfo* tensor : {&a, &b}) {
     check_shape(*tensor, {x.sizes[0], x.sizes[1], params.value_heads}, "B, T, Hv");
     check_same_device(*tensor, x);
+    check_dense_rows(*tensor);
   }
   INLAY_CHECK((a.dtype == DType::f64) == (x.dtype == DType::f64), x.op,
               ": a must be float64 exactly when mixed_qkv is, got ", name_of(a.dtype), " with ", name_of(x.dtype));
   check_dtype(b, x.dtype, wide_dtype(x.dtype));
-  params.a = row_tensor(a);
-  params.b = row_tensor(b);
+  params.a = token_tensor(a);
+  params.b = token_tensor(b);
   params.log_decay = vector_tensor({x.op, "A_log", tensors.log_decay}, a);
   params.dt_bias = vector_tensor({x.op, "dt_bias", tensors.dt_bias}, a);
 }
@@ -59,11 +60,15 @@ Tensor gdn_layer_step(const Tensor& mixed_qkv, const Tensor& z_tensor, const Ten
               x.width());
   check_dtype(z, x.dtype, x.dtype);
   check_same_device(z, x);
-  params.z = row_tensor(z);
+  params.z = token_tensor(z);
 
   params.conv = conv::checked_step(x, {op, "conv_state", conv_state}, {op, "conv_weight", conv_weight},
                                    static_cast<int64_t>(conv::Activation::silu));
   conv::check_slots(params.conv, op, "conv_state", x);
+  const conv::StateOutput& columns = params.conv.state;
+  INLAY_CHECK((columns.sequence_stride != 0 || x.sizes[0] <= 1) && columns.channel_stride != 0 &&
+                  (columns.column_stride != 0 || params.conv.columns <= 1),
+              op, ": conv_state must not overlap itself");
   if (conv_bias) params.conv.bias = vector_tensor({op, "conv_bias", *conv_bias}, x);
   set_gates(params, x, {a, b, log_decay, dt_bias});
   params.norm_weight = vector_tensor({op, "norm_weight", norm_weight}, z);

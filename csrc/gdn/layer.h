@@ -12,11 +12,11 @@ struct LayerStepParams {
   int64_t value_heads = 0;
   int64_t key_dim = 0;
   int64_t value_dim = 0;
-  RowTensor a;               // [B T, Hv]
-  RowTensor b;               // [B T, Hv] T or wide
+  TokenTensor a;             // [B, T, Hv], dense in its last dimension
+  TokenTensor b;             // the same; T or wide
   VectorTensor log_decay;    // A_log, [Hv]
   VectorTensor dt_bias;      // [Hv]
-  RowTensor z;               // [B T Hv, V] T
+  TokenTensor z;             // [B, T, Hv, V] T
   VectorTensor norm_weight;  // [V]
   StateTensor state;         // [B, Hv, K, V] wide or bf16, updated in place
   OutputTensor y;            // [B, T, Hv, V] T

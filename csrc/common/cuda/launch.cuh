@@ -126,10 +126,11 @@ __device__ inline void release_successor() {
 #endif
 }
 
-// Says that this thread has done what the other blocks of its cluster wait for; each must then wait as well.
+// Says that this thread has got what it read of memory that another block of its cluster will overwrite; each must then
+// wait as well. What this thread wrote is not made visible: a fence for the whole GPU would take longer than the reads.
 __device__ inline void arrive_at_cluster() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 

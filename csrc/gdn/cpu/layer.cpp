@@ -12,6 +12,14 @@ TokenTensor tokens_of(const void* data, DType dtype, int64_t time, int64_t token
   return {data, dtype, time * token_stride, token_stride, head_stride};
 }
 
+// Tokens [B, T, H] as rows [B T, H], and tokens [B, T, H, D] as rows [B T H, D].
+RowTensor rows_of(const TokenTensor& tokens, int64_t time) {
+  return {tokens.data, tokens.dtype, {time, 1, tokens.token_stride, 0, tokens.batch_stride}};
+}
+RowTensor head_rows_of(const TokenTensor& tokens, int64_t time, int64_t heads) {
+  return {tokens.data, tokens.dtype, {heads, time, tokens.head_stride, tokens.token_stride, tokens.batch_stride}};
+}
+
 }  // namespace
 
 void layer_step(const LayerStepParams& p, void* stream) {
@@ -30,8 +38,8 @@ void layer_step(const LayerStepParams& p, void* stream) {
   GatesParams gate;
   gate.rows = rows;
   gate.heads = heads;
-  gate.a = p.a;
-  gate.b = p.b;
+  gate.a = rows_of(p.a, time);
+  gate.b = rows_of(p.b, time);
   gate.log_decay = p.log_decay;
   gate.dt_bias = p.dt_bias;
   gate.g = {g.get(), wide};
@@ -67,7 +75,7 @@ void layer_step(const LayerStepParams& p, void* stream) {
   norm.x.data = o.get();
   norm.x.dtype = dtype;
   norm.x.layout.outer_stride = p.value_dim;
-  norm.gate = p.z;
+  norm.gate = head_rows_of(p.z, time, heads);
   norm.weight = p.norm_weight;
   norm.y = p.y;
   norm.eps = p.eps;

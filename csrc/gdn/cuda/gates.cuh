@@ -21,6 +21,29 @@ __device__ inline float value(const VectorTensor& tensor, int64_t head) {
   return x[0];
 }
 
+// A number on its way from memory: several are asked for before the first is waited for.
+struct Pending {
+  uint32_t bits;
+  DType dtype;
+
+  __device__ Pending(const void* data, DType dtype, int64_t index) : dtype(dtype) {
+    if (dtype == DType::f32) {
+      bits = static_cast<const uint32_t*>(data)[index];
+    } else {
+      bits = static_cast<const uint16_t*>(data)[index];
+    }
+  }
+
+  __device__ float value() const { return load_from(&bits); }
+
+ private:
+  __device__ float load_from(const uint32_t* source) const {
+    float x[1];
+    load_as_float(source, dtype, 0, x);
+    return x[0];
+  }
+};
+
 // As torch's, which is linear above 20.
 __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 

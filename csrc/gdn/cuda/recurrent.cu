@@ -35,14 +35,13 @@ bool is_wide(const RecurrentParams& p) {
 template <typename T>
 void launch(const RecurrentParams& p, void* stream) {
   static_assert(kMaxHeadDim <= kGroups * 16 && kHeadDimMultiple == kPiece);
-  if (p.inputs.key_dim > kGroups * 8) {
-    launch<T, 16, kNarrow>(p, stream);
-  } else if (is_wide(p)) {
-    launch<T, 8, kWide>(p, stream);
-  } else if (p.inputs.key_dim > kGroups * 4) {
-    launch<T, 8, kNarrow>(p, stream);
-  } else {
+  // How many rows a thread has depends on K alone: it has a say in the order of the sums.
+  if (p.inputs.key_dim <= kGroups * 4) {
     launch<T, 4, kNarrow>(p, stream);
+  } else if (p.inputs.key_dim <= kGroups * 8) {
+    is_wide(p) ? launch<T, 8, kWide>(p, stream) : launch<T, 8, kNarrow>(p, stream);
+  } else {
+    launch<T, 16, kNarrow>(p, stream);
   }
 }
 

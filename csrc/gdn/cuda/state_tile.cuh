@@ -7,8 +7,8 @@
 // Threads stand in a grid: kColumnLanes of them side by side, each with four columns, in kGroups groups, each with
 // kRows rows of K. Columns do not depend on each other. A token's sums over K are taken together, all of the state
 // before it (S^T q after the token is exp(g) S^T q + u <k, q>): each thread adds its rows, and one thread a column adds
-// the groups, always in the same order and rounded alike. So a column's numbers do not depend on the width of the tile
-// that it is in, and every kernel built on this gives the same bits.
+// the groups, always in the same order and rounded alike. So a column's numbers depend on kRows, but not on the width
+// of the tile that it is in.
 #pragma once
 
 #include "common/cuda/vector.cuh"
@@ -198,11 +198,14 @@ class StateTile {
   // multiple of kHeadDimMultiple, so rows come and go together.
   template <typename E, class Use>
   __device__ void for_rows(E* state, Use use) const {
+    constexpr int kStep = kRows < kHeadDimMultiple ? kRows : static_cast<int>(kHeadDimMultiple);
     const int first = group() * kRows;
-    E* entry = state + (first * values_ + column_);
+    E* const entry = state + (first * values_ + column_);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r, entry += values_) {
-      if (first + r / kHeadDimMultiple * kHeadDimMultiple < keys_) use(r, entry);
+    for (int part = 0; part < kRows; part += kStep) {
+      if (first + part >= keys_) return;
+#pragma unroll
+      for (int r = part; r < part + kStep; ++r) use(r, entry + r * values_);
     }
   }
 

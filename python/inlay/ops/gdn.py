@@ -453,7 +453,7 @@ def _check_layer_step(
         raise ValueError(f"{op}: mixed_qkv must have 2 Hk K + Hv V = {wanted} channels, got {channels}")
     wide = _wide_dtype(mixed_qkv)
     allowed = (torch.float64,) if wide == torch.float64 else checks.HALVES_AND_FLOAT32
-    for name, tensor, dtypes in (("a", a, allowed), ("b", b, (mixed_qkv.dtype, wide))):
+    for name, tensor, dtypes in (("a", a, allowed), ("b", b, tuple({mixed_qkv.dtype, wide}))):
         checks.activations(op, name, tensor)
         if tensor.shape != z.shape[:3]:
             raise ValueError(f"{op}: {name} must have shape {list(z.shape[:3])} (B, T, Hv), got {list(tensor.shape)}")
@@ -492,6 +492,8 @@ def _check_layer_conv(
             f"{op}: conv_state must have shape [{batch}, {channels}, L] with L at least {width - 1},"
             f" got {list(conv_state.shape)}"
         )
+    if any(stride == 0 and size > 1 for stride, size in zip(conv_state.stride(), conv_state.shape, strict=True)):
+        raise ValueError(f"{op}: conv_state must not overlap itself, got strides {list(conv_state.stride())}")
     checks.dtype(op, "conv_state", conv_state.dtype, (mixed_qkv.dtype,))
     checks.on_device(op, "conv_state", conv_state, mixed_qkv, of="mixed_qkv")
 
