@@ -272,7 +272,6 @@ RAW = [
     ("gdn_layer_step", LAYER_OP, {"conv_bias": ones(C - 1)}, r"conv_bias must have shape \[160\]"),
     ("gdn_layer_step", LAYER_OP, {"conv_state": ones(B, C, 2)}, r"conv_state must have shape \[B, 160, L\]"),
     ("gdn_layer_step", LAYER_OP, {"conv_state": ones(B + 1, C, 4)}, "conv_state must have mixed_qkv's batch size 2"),
-    ("gdn_layer_step", LAYER_OP, {"conv_state": ones(1, C, 4).expand(B, -1, -1)}, "conv_state must not overlap itself"),
     ("gdn_layer_step", LAYER_OP, {"state": ones(B, HK, K, V)}, r"state must have shape \[2, 4, 16, 24\]"),
     ("gdn_layer_step", LAYER_OP, {"state": ones(B, HV, K, V).half()}, "state must be float32 or bfloat16"),
     ("gdn_layer_step", LAYER_OP, {"norm_weight": ones(K)}, r"norm_weight must have shape \[24\]"),

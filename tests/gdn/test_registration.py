@@ -12,7 +12,7 @@ import torch
 import inlay
 from inlay.ops import gdn as ops
 from tests.gdn.cases import LEAVES, Case, Tensors, gradients, random_like
-from tests.gdn.layer_cases import LayerCase
+from tests.gdn.layer_cases import STATES, LayerCase, with_own_states
 from tests.support.compare import assert_same_bits
 
 OP = "gated_delta_rule_bwd"
@@ -179,6 +179,25 @@ def test_a_compiled_step_updates_its_state(backend, device):
         expected = step(*arguments, expected_state)
         torch.testing.assert_close(compiled(*arguments, state), expected, rtol=0.01, atol=0.01)
         assert_same_bits(state, expected_state, "state")
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_layer_step_updates_its_states(backend, device):
+    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    case = LayerCase()
+    tensors = with_own_states(case.inputs(BF16, device))
+    expected = with_own_states(tensors)
+
+    def step(mixed_qkv, **rest):
+        return case.run(inlay, {"mixed_qkv": mixed_qkv * 2, **rest}) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(**tensors), step(**expected), rtol=0.01, atol=0.01)
+        for name in STATES:
+            assert_same_bits(tensors[name], expected[name], name)
 
 
 class Layer(torch.nn.Module):

@@ -128,6 +128,7 @@ __device__ inline void release_successor() {
 
 // Says that this thread has got what it read of memory that another block of its cluster will overwrite; each must then
 // wait as well. What this thread wrote is not made visible: a fence for the whole GPU would take longer than the reads.
+// Whole warps must call, best behind a __syncthreads().
 __device__ inline void arrive_at_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

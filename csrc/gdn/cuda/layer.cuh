@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
   const int group = value_heads / key_heads, tokens = static_cast<int>(p.conv.time);
   const int cluster = static_cast<int>(blockIdx.x) / params.blocks;
   const int rank = static_cast<int>(blockIdx.x) - cluster * params.blocks;
-  const int64_t batch = cluster / key_heads;
-  const int key_head = cluster - static_cast<int>(batch) * key_heads;
+  const int batch = cluster / key_heads;
+  const int key_head = cluster - batch * key_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool shares_keys = params.blocks > 1;
 
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
     for (int offset = 16; offset > 0; offset /= 2) square_sum += __shfl_xor_sync(0xffffffffu, square_sum, offset);
     const float rstd = rsqrtf(square_sum / static_cast<float>(values) + static_cast<float>(p.eps));
     const bool rounds_product = p.norm_weight.dtype == kDType<T>;
-    T* const y = static_cast<T*>(p.y.data) + ((batch * tokens + warp) * value_heads + head) * values;
+    T* const y = static_cast<T*>(p.y.data) + ((int64_t{batch} * tokens + warp) * value_heads + head) * values;
 #pragma unroll 1
     for (int i = lane; i < values; i += 32) {
       float product = __fmul_rn(rounded<T>(__fmul_rn(shared.v[warp][i], rstd)), shared.norm_weight[i]);
@@ -137,7 +137,6 @@ __global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
   for (int own_head = rank; own_head < group; own_head += params.blocks) {
     const int head = key_head * group + own_head;
     const bool is_first = own_head == rank;
-    const int64_t state = p.state.offset(batch, head);
     load_gates(head);
 #pragma unroll 1
     for (int i = threadIdx.x + (is_first ? 0 : 2 * keys); i < 2 * keys + values; i += kLayerThreads) {
@@ -147,27 +146,27 @@ __global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
         convolve(i, head, std::integral_constant<int, static_cast<int>(conv::kMaxWidth)>{});
       }
     }
-    if (is_first) {
-      if (shares_keys) arrive_at_cluster();
 #pragma unroll 1
-      for (int i = threadIdx.x; i < values; i += kLayerThreads) shared.norm_weight[i] = value(p.norm_weight, i);
+    for (int i = threadIdx.x; is_first && i < values; i += kLayerThreads) {
+      shared.norm_weight[i] = value(p.norm_weight, i);
+    }
+    if (is_first) {
+      __syncthreads();
+      if (shares_keys) arrive_at_cluster();  // all threads have convolved
+      if (warp < tokens) {
+        const auto read = [&](int which, int piece, float (&row)[kPiece]) {
+          const float* const source = (which == 0 ? shared.q : shared.k)[warp] + piece * kPiece;
+#pragma unroll
+          for (int i = 0; i < kPiece; ++i) row[i] = source[i];
+        };
+        shared.prepare_keys(warp, keys, static_cast<float>(p.scale), true, read);
+      }
     }
 #pragma unroll 1
     for (int first_column = 0; first_column < values; first_column += Tile::kColumns) {
       Tile tile(keys, values, first_column, params.aligned);
-      tile.load(p.state.data, p.state.dtype, state);
+      tile.load(p.state.data, p.state.dtype, p.state.offset(batch, head));
       __syncthreads();
-      if (is_first && first_column == 0) {
-        if (warp < tokens) {
-          shared.prepare_keys(warp, keys, static_cast<float>(p.scale), true,
-                              [&](int which, int piece, float (&row)[kPiece]) {
-                                const float* const source = (which == 0 ? shared.q : shared.k)[warp] + piece * kPiece;
-#pragma unroll
-                                for (int i = 0; i < kPiece; ++i) row[i] = source[i];
-                              });
-        }
-        __syncthreads();
-      }
       tile.widen(p.state.dtype);
 #pragma unroll 1
       for (int token = 0; token < tokens; ++token) {
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
               if (first_column + column < values) shared.v[token][first_column + column] = rounded<T>(o);
             });
       }
-      tile.store(p.state.data, p.state.dtype, state);
+      tile.store(p.state.data, p.state.dtype, p.state.offset(batch, head));
     }
     normalise(head);
     __syncthreads();  // the next head overwrites what the norm reads

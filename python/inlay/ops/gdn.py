@@ -429,6 +429,8 @@ def _check_layer_step(
     batch, tokens, channels = mixed_qkv.shape
     if not 1 <= tokens <= _MAX_STEP_TOKENS:
         raise ValueError(f"{op}: mixed_qkv must have 1 to {_MAX_STEP_TOKENS} tokens, got {tokens}")
+    checks.given(op, "z", z)
+    checks.on_device(op, "z", z, mixed_qkv, of=of)
     checks.activations(op, "z", z)
     if z.dim() != 4 or z.shape[:2] != mixed_qkv.shape[:2]:
         raise ValueError(
@@ -436,7 +438,6 @@ def _check_layer_step(
             f" got {list(z.shape)}"
         )
     checks.dtype(op, "z", z.dtype, (mixed_qkv.dtype,))
-    checks.on_device(op, "z", z, mixed_qkv, of=of)
     value_heads, value_dim = z.shape[2:]
     if not isinstance(key_heads, int) or key_heads < 1 or value_heads < 1 or value_heads % key_heads:
         raise ValueError(f"{op}: key_heads must divide z's heads {value_heads}, got {key_heads!r}")
@@ -454,11 +455,12 @@ def _check_layer_step(
     wide = _wide_dtype(mixed_qkv)
     allowed = (torch.float64,) if wide == torch.float64 else checks.HALVES_AND_FLOAT32
     for name, tensor, dtypes in (("a", a, allowed), ("b", b, tuple({mixed_qkv.dtype, wide}))):
+        checks.given(op, name, tensor)
+        checks.on_device(op, name, tensor, mixed_qkv, of=of)
         checks.activations(op, name, tensor)
         if tensor.shape != z.shape[:3]:
             raise ValueError(f"{op}: {name} must have shape {list(z.shape[:3])} (B, T, Hv), got {list(tensor.shape)}")
         checks.dtype(op, name, tensor.dtype, dtypes)
-        checks.on_device(op, name, tensor, mixed_qkv, of=of)
     for name, tensor in {"A_log": A_log, "dt_bias": dt_bias}.items():
         checks.given(op, name, tensor)
         checks.vector(op, name, tensor, a, of="a")
