@@ -17,9 +17,12 @@ void launch(const LayerStepParams& p, void* stream) {
   constexpr int kSharedBytes = sizeof(LayerShared<kRows>);
   const bool has_clusters = kernel_traits<layer_step_kernel<T, kRows>>(kLayerThreads, kSharedBytes).dependent_launch;
   const int64_t blocks = has_clusters ? std::min(p.group(), kMaxCluster) : 1;
-  const LayerKernelParams params{p, static_cast<int>(blocks), is_aligned(p.state)};
-  start<layer_step_kernel<T, kRows>, kLayerThreads, kSharedBytes>(
-      params, dim3(static_cast<unsigned>(p.conv.batch * p.key_heads * blocks)), stream, static_cast<int>(blocks));
+  LayerKernelParams params{p, static_cast<int>(blocks), is_aligned(p.state), 0};
+  for (; params.first_sequence < p.conv.batch; params.first_sequence += kMaxGridSequences) {
+    const int64_t count = std::min(p.conv.batch - params.first_sequence, kMaxGridSequences);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.key_heads), static_cast<unsigned>(count));
+    start<layer_step_kernel<T, kRows>, kLayerThreads, kSharedBytes>(params, grid, stream, static_cast<int>(blocks));
+  }
 }
 
 template <typename T>

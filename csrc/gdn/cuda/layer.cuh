@@ -18,6 +18,7 @@ struct LayerKernelParams {
   LayerStepParams layer;
   int blocks;    // of a cluster
   bool aligned;  // the states
+  int first_sequence;
 };
 
 inline constexpr int kLayerLanes = 32;
@@ -51,10 +52,7 @@ __global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
   const int keys = static_cast<int>(p.key_dim), values = static_cast<int>(p.value_dim);
   const int key_heads = static_cast<int>(p.key_heads), value_heads = static_cast<int>(p.value_heads);
   const int group = value_heads / key_heads, tokens = static_cast<int>(p.conv.time);
-  const int cluster = static_cast<int>(blockIdx.x) / params.blocks;
-  const int rank = static_cast<int>(blockIdx.x) - cluster * params.blocks;
-  const int batch = cluster / key_heads;
-  const int key_head = cluster - batch * key_heads;
+  const int rank = blockIdx.x, key_head = blockIdx.y, batch = params.first_sequence + blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool shares_keys = params.blocks > 1;
 

@@ -1,6 +1,7 @@
 // Chooses the recurrent kernel for some parameters, and the steps of gdn/params.h, which it computes.
 #include "gdn/cuda/recurrent.cuh"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace inlay::gdn {
@@ -14,13 +15,15 @@ bool aligned_tokens(const TokenTensor& tensor) {
 }
 
 template <typename T, int kRows, int kColumnLanes>
-void launch(const RecurrentParams& p, void* stream) {
-  constexpr int64_t kColumns = StateTile<kRows, kColumnLanes>::kColumns;
-  const int64_t tiles = (p.inputs.value_dim + kColumns - 1) / kColumns;
-  const int64_t blocks = p.inputs.sequences.count * p.inputs.value_heads * tiles;
-  if (blocks == 0) return;
-  start<recurrent_kernel<T, kRows, kColumnLanes>, StateTile<kRows, kColumnLanes>::kThreads>(
-      p, dim3(static_cast<unsigned>(blocks)), stream);
+void launch(RecurrentParams p, void* stream) {
+  using Tile = StateTile<kRows, kColumnLanes>;
+  const unsigned tiles = static_cast<unsigned>((p.inputs.value_dim + Tile::kColumns - 1) / Tile::kColumns);
+  const unsigned heads = static_cast<unsigned>(p.inputs.value_heads);
+  for (; p.first_sequence < p.inputs.sequences.count; p.first_sequence += kMaxGridSequences) {
+    const int64_t count = std::min(p.inputs.sequences.count - p.first_sequence, kMaxGridSequences);
+    start<recurrent_kernel<T, kRows, kColumnLanes>, Tile::kThreads>(p, dim3(tiles, heads, static_cast<unsigned>(count)),
+                                                                    stream);
+  }
 }
 
 // Few heads are spread over the chip in narrow tiles, and so are long sequences, in which blocks wait for themselves

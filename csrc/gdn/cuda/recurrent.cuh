@@ -35,19 +35,18 @@ __global__ void __launch_bounds__(kColumnLanes* kGroups, kRecurrentBlocks<kRows,
   __shared__ RecurrentShared<kRows, kColumnLanes> shared;
   const Inputs& inputs = p.inputs;
   const int keys = static_cast<int>(inputs.key_dim), values = static_cast<int>(inputs.value_dim);
-  const int tiles = (values + kColumns - 1) / kColumns, value_heads = static_cast<int>(inputs.value_heads);
-  const unsigned head_number = blockIdx.x / tiles;
-  const int first_column = static_cast<int>(blockIdx.x - head_number * tiles) * kColumns;
-  const int64_t sequence_number = head_number / value_heads;
-  const int head = static_cast<int>(head_number - static_cast<unsigned>(sequence_number) * value_heads);
-  const int key_head = head / static_cast<int>(inputs.group());
+  const int value_heads = static_cast<int>(inputs.value_heads), head = blockIdx.y;
+  const int key_head = head / (value_heads / static_cast<int>(inputs.key_heads));
+  const int first_column = static_cast<int>(blockIdx.x) * kColumns;
+  const int64_t sequence_number = p.first_sequence + blockIdx.z;
   const int warp = threadIdx.x / 32;
 
   const bool aligned = kColumnLanes == kWide || p.aligned;
   Tile tile(keys, values, first_column, aligned);
   const int64_t before = p.before.offset(sequence_number, head);
   // Only blocks that can have started before their predecessor ended: for the others it would be work twice.
-  if (blockIdx.x < resident_blocks_bound(kThreads)) tile.prefetch(p.before.data, p.before.dtype, before);
+  const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  if (block < resident_blocks_bound(kThreads)) tile.prefetch(p.before.data, p.before.dtype, before);
   wait_for_predecessor();
   release_successor();
   tile.load(p.before.data, p.before.dtype, before);
