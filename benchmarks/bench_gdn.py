@@ -136,6 +136,7 @@ def _step_cases(key_heads: int, value_heads: int) -> Iterator[Case]:
         bar = {"graph": (bars[batch],)} if judged and batch in bars else {}
         yield Case("gated_delta_step", "forward", batch, 1, key_heads, value_heads, bars=bar)
     yield Case("gated_delta_step", "forward", 1, 8, key_heads, value_heads)
+    yield Case("gated_delta_rule", "forward", 1, 64, key_heads, value_heads)  # few enough for the recurrence
     for batch in (1, 8, 32, 64, 256):
         bar = {"graph": (harness.at_most_us(8.0),)} if judged and batch == 1 else {}
         yield Case("gdn_layer_step", "forward", batch, 1, key_heads, value_heads, bars=bar)

@@ -34,12 +34,9 @@ struct Pending {
     }
   }
 
-  __device__ float value() const { return load_from(&bits); }
-
- private:
-  __device__ float load_from(const uint32_t* source) const {
+  __device__ float value() const {
     float x[1];
-    load_as_float(source, dtype, 0, x);
+    load_as_float(&bits, dtype, 0, x);
     return x[0];
   }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/cuda/launch.cuh"
+#include "gdn/cuda/gates.cuh"
 #include "gdn/cuda/recurrent.h"
 #include "gdn/cuda/state_tile.cuh"
 
@@ -61,13 +62,12 @@ __global__ void __launch_bounds__(kColumnLanes* kGroups, kRecurrentBlocks<kRows,
     }
     const int own = static_cast<int>(threadIdx.x) - kColumns;
     if (own >= 0 && own < count) {
-      const auto number = [&](const TokenTensor& tensor) {
-        float value[1];
-        load_as_float(tensor.data, tensor.dtype, tensor.offset(sequence.batch, begin + own, head), value);
-        return value[0];
+      const auto ask = [&](const TokenTensor& tensor) {
+        return Pending(tensor.data, tensor.dtype, tensor.offset(sequence.batch, begin + own, head));
       };
-      shared.decay[own] = expf(number(inputs.g));
-      shared.beta[own] = number(inputs.beta);
+      const Pending g = ask(inputs.g), beta = ask(inputs.beta);
+      shared.decay[own] = expf(g.value());
+      shared.beta[own] = beta.value();
     }
     const float scale = static_cast<float>(inputs.scale);
     for (int token = kWarps - 1 - warp; token < count; token += kWarps) {
