@@ -11,13 +11,14 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.comparison import SUBJECT, compare
-from benchmarks.gdn_rivals import IMPLEMENTATIONS, INPUTS, PACKAGES, Op, Tensors
+from benchmarks.gdn_rivals import IMPLEMENTATIONS, INPUTS, PACKAGES, Op, Tensors, layer_key_heads
 from benchmarks.harness import Bar, Call, Options, Row
 from inlay import reference
 
 _DTYPE = torch.bfloat16
 _TOLERANCE = 0.02  # relative L2, for a rival to count as computing the same thing in bf16
 _LEAVES = {"gdn_gates": ("a", "b", "A_log", "dt_bias"), "gated_delta_rule": INPUTS}
+_CONV_WIDTH = 4
 _HEAD_DIM = 128  # of keys and of values, as in every Qwen model
 
 
@@ -32,6 +33,11 @@ class Case:
     modes: tuple[str, ...] = ("graph", "eager")
     bars: dict[str, tuple[Bar, ...]] = field(default_factory=dict)  # per mode
 
+    @property
+    def channels(self) -> int:
+        """Of the convolution in front of the rule."""
+        return (2 * self.key_heads + self.value_heads) * _HEAD_DIM
+
     def __str__(self) -> str:
         return f"{self.op} {self.direction} {self.batch}x{self.tokens} {self.key_heads}/{self.value_heads}"
 
@@ -45,6 +51,20 @@ class Case:
         if self.op == "gdn_gates":
             vectors = {name: normal(self.value_heads) for name in ("A_log", "dt_bias")}
             return {"a": normal(*rows, self.value_heads), "b": normal(*rows, self.value_heads), **vectors}
+        state = (self.batch, self.value_heads, _HEAD_DIM, _HEAD_DIM)
+        if self.op == "gdn_layer_step":
+            return {
+                "mixed_qkv": normal(*rows, self.channels),
+                "z": normal(*rows, self.value_heads, _HEAD_DIM),
+                "a": normal(*rows, self.value_heads),
+                "b": normal(*rows, self.value_heads),
+                "conv_weight": normal(self.channels, _CONV_WIDTH) / 2,
+                "A_log": normal(self.value_heads),
+                "dt_bias": normal(self.value_heads),
+                "norm_weight": normal(_HEAD_DIM),
+                "conv_state": normal(self.batch, self.channels, _CONV_WIDTH),
+                "state": normal(*state, dtype=torch.float32),
+            }
         tensors = {
             "q": normal(*rows, self.key_heads, _HEAD_DIM),
             "k": normal(*rows, self.key_heads, _HEAD_DIM),
@@ -53,8 +73,7 @@ class Case:
             "beta": normal(*rows, self.value_heads).sigmoid(),
         }
         if self.op == "gated_delta_step":
-            shape = (self.batch, self.value_heads, _HEAD_DIM, _HEAD_DIM)
-            tensors["state"] = normal(*shape, dtype=torch.float32)
+            tensors["state"] = normal(*state, dtype=torch.float32)
         return tensors
 
     def bytes(self) -> int:
@@ -64,8 +83,10 @@ class Case:
             gates = self.batch * self.tokens * self.value_heads * (4 + _DTYPE.itemsize)
             return 2 * once + gates if self.direction == "backward" else once + gates
         output = self.batch * self.tokens * self.value_heads * _HEAD_DIM * _DTYPE.itemsize
-        state = self.batch * self.value_heads * _HEAD_DIM**2 * 4 if self.op == "gated_delta_step" else 0
-        return (2 * once if self.direction == "backward" else once) + output + state
+        written = {"gated_delta_rule": 0, "gated_delta_step": self.batch * self.value_heads * _HEAD_DIM**2 * 4}
+        written["gdn_layer_step"] = written["gated_delta_step"]
+        written["gdn_layer_step"] += self.batch * self.channels * _CONV_WIDTH * _DTYPE.itemsize
+        return (2 * once if self.direction == "backward" else once) + output + written[self.op]
 
     def call(self, op: Op, tensors: Tensors) -> Call:
         """What is timed: the forward without gradients, or the backward alone, through autograd."""
@@ -98,10 +119,27 @@ def _cases(device: str, quick: bool) -> Iterator[Case]:
         for batch, tokens in rows:
             for direction in ("forward", "backward"):
                 yield Case("gated_delta_rule", direction, batch, tokens, key_heads, value_heads)
-        for batch in (1, 64):
-            yield Case("gated_delta_step", "forward", batch, 1, key_heads, value_heads)
+        yield from _step_cases(key_heads, value_heads)
         for direction in ("forward", "backward"):
             yield Case("gdn_gates", direction, 1, 8192, key_heads, value_heads)
+
+
+def _step_cases(key_heads: int, value_heads: int) -> Iterator[Case]:
+    """Decoding: bound by latency for one sequence, by the states' bytes for many."""
+    judged = (key_heads, value_heads) == (16, 32)
+    bars: dict[int, Bar] = {
+        1: harness.at_most_us(5.0),
+        32: harness.at_least_copy(0.82),
+        256: harness.at_least_copy(0.94),
+    }
+    for batch in (1, 8, 32, 64, 256):
+        bar = {"graph": (bars[batch],)} if judged and batch in bars else {}
+        yield Case("gated_delta_step", "forward", batch, 1, key_heads, value_heads, bars=bar)
+    yield Case("gated_delta_step", "forward", 1, 8, key_heads, value_heads)
+    yield Case("gated_delta_rule", "forward", 1, 64, key_heads, value_heads)  # few enough for the recurrence
+    for batch in (1, 8, 32, 64, 256):
+        bar = {"graph": (harness.at_most_us(8.0),)} if judged and batch == 1 else {}
+        yield Case("gdn_layer_step", "forward", batch, 1, key_heads, value_heads, bars=bar)
 
 
 def _cpu_cases(quick: bool) -> Iterator[Case]:
@@ -114,9 +152,8 @@ def _cpu_cases(quick: bool) -> Iterator[Case]:
                     "gated_delta_rule", direction, 1, tokens, key_heads, value_heads, modes=("eager",), bars=twice
                 )
         for batch in [1] if quick else [1, 4]:
-            yield Case(
-                "gated_delta_step", "forward", batch, 1, key_heads, value_heads, modes=("eager",), bars=five_times
-            )
+            for op in ("gated_delta_step", "gdn_layer_step"):
+                yield Case(op, "forward", batch, 1, key_heads, value_heads, modes=("eager",), bars=five_times)
         for direction in ("forward", "backward"):
             yield Case("gdn_gates", direction, 1, 1024, key_heads, value_heads, modes=("eager",), bars=twice)
 
@@ -126,6 +163,8 @@ def _reference(op: str) -> Op:
         return lambda t: reference.gdn_gates(t["a"], t["b"], t["A_log"], t["dt_bias"])
     if op == "gated_delta_rule":
         return lambda t: reference.gated_delta_rule(*(t[name] for name in INPUTS), l2norm_qk=True)
+    if op == "gdn_layer_step":
+        return lambda t: reference.gdn_layer_step(**t, conv_bias=None, key_heads=layer_key_heads(t))
     return lambda t: reference.gated_delta_step(*(t[name] for name in INPUTS), t["state"], l2norm_qk=True)
 
 
@@ -133,4 +172,4 @@ def _tuple(value: object) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-FAMILY = harness.Family(("gdn_gates", "gated_delta_rule", "gated_delta_step"), SUBJECT, PACKAGES, run)
+FAMILY = harness.Family(("gdn_gates", "gated_delta_rule", "gated_delta_step", "gdn_layer_step"), SUBJECT, PACKAGES, run)

@@ -1,7 +1,6 @@
 // Bindings of the conv family: check, allocate, fill parameters, launch.
 #include "common/device.h"
-#include "common/tensor.h"
-#include "conv/params.h"
+#include "conv/inputs.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,21 +8,6 @@ namespace inlay::conv {
 namespace {
 
 constexpr int64_t kNone[] = {0};  // the size of a result that is not wanted
-
-const void* data_of(const TensorInfo& tensor) {
-  const void* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor.handle, &data));
-  return data;
-}
-
-void check_dim(const TensorInfo& tensor, int64_t dim, const char* shape) {
-  INLAY_CHECK(tensor.dim == dim, tensor.op, ": ", tensor.name, " must have shape ", shape, ", got ", tensor.shape());
-}
-
-void check_dtype(const TensorInfo& tensor, DType dtype) {
-  INLAY_CHECK(tensor.dtype == dtype, tensor.op, ": ", tensor.name, " must be ", name_of(dtype), ", got ",
-              name_of(tensor.dtype));
-}
 
 // Channels lie side by side, or else the tokens do.
 bool has_dense_channels(const TensorInfo& tensor) { return tensor.sizes[2] <= 1 || tensor.strides[2] == 1; }
@@ -34,38 +18,6 @@ bool has_dense_tokens(const TensorInfo& tensor) {
 template <class Data>
 Signal<Data> signal(const TensorInfo& tensor, Data data) {
   return {data, tensor.strides[0], tensor.strides[1], tensor.strides[2]};
-}
-
-template <class Data>
-State<Data> state(const TensorInfo& tensor, Data data) {
-  return {data, tensor.strides[0], tensor.strides[1], tensor.strides[2]};
-}
-
-// [channels, width] or, as a Conv1d module has it, [channels, 1, width]. Sets the width as well.
-VectorTensor weight_tensor(const TensorInfo& weight, const TensorInfo& x, int64_t channels, int64_t& width) {
-  const bool flat = weight.dim == 2 && weight.sizes[0] == channels;
-  const bool grouped = weight.dim == 3 && weight.sizes[0] == channels && weight.sizes[1] == 1;
-  INLAY_CHECK(flat || grouped, weight.op, ": weight must have shape [", channels, ", W] or [", channels,
-              ", 1, W] (x's channels), got ", weight.shape());
-  width = weight.width();
-  INLAY_CHECK(width >= kMinWidth && width <= kMaxWidth, weight.op, ": weight must be ", kMinWidth, " to ", kMaxWidth,
-              " wide, got ", width);
-  check_same_device(weight, x);
-  INLAY_CHECK((weight.dtype == DType::f64) == (x.dtype == DType::f64), weight.op,
-              ": weight must be float64 exactly when x is, got ", name_of(weight.dtype), " with ", name_of(x.dtype));
-  check_dense_rows(weight);
-  INLAY_CHECK(channels <= 1 || weight.strides[0] == width, weight.op, ": weight must be contiguous");
-  return {data_of(weight), weight.dtype};
-}
-
-Activation activation_from(const char* op, int64_t activation) {
-  return enum_from(op, "activation", activation, Activation::silu);
-}
-
-// Eager code computes the convolution in the dtype that x and the weight promote to, and rounds it to that.
-bool rounds_preactivation(DType x, DType weight) {
-  const DType dtype = promote(x, weight);
-  return dtype == DType::bf16 || dtype == DType::f16;
 }
 
 StateInput state_like(const TensorInfo& tensor, const TensorInfo& x, const Convolution& p) {
@@ -189,34 +141,14 @@ Tensor causal_conv1d_step(const Tensor& x_tensor, const Tensor& state_tensor, co
   const char* op = "causal_conv1d_step";
   const TensorInfo x(op, "x", x_tensor);
   INLAY_CHECK(x.dim == 2 || x.dim == 3, op, ": x must have shape [B, T, C] or [B, C], got ", x.shape());
-  StepParams params;
-  params.batch = x.sizes[0];
-  params.time = x.dim == 3 ? x.sizes[1] : 1;
-  params.channels = x.width();
-  params.dtype = x.dtype;
-  params.x = {data_of(x), x.strides[0], x.dim == 3 ? x.strides[1] : 0, x.strides[x.dim - 1]};
-  params.weight = weight_tensor(TensorInfo(op, "weight", weight), x, params.channels, params.width);
+  StepParams params = checked_step(x, {op, "state", state_tensor}, {op, "weight", weight}, activation);
   if (bias) params.bias = vector_tensor(TensorInfo(op, "bias", *bias), x);
-  params.activation = activation_from(op, activation);
-  params.rounds_preactivation = rounds_preactivation(x.dtype, params.weight.dtype);
-
-  const TensorInfo state_info(op, "state", state_tensor);
-  check_dim(state_info, 3, "[B, C, L]");
-  INLAY_CHECK(state_info.sizes[1] == params.channels && state_info.sizes[2] >= params.width - 1, op,
-              ": state must have shape [B, ", params.channels, ", L] with L at least ", params.width - 1, ", got ",
-              state_info.shape());
-  check_dtype(state_info, x.dtype);
-  check_same_device(state_info, x);
-  params.slots = state_info.sizes[0];
-  params.columns = state_info.sizes[2];
-  params.state = state(state_info, state_tensor.mutable_data_ptr());
   if (state_indices) {
     params.slot_of_row = index_tensor(op, "state_indices", *state_indices, x);
     INLAY_CHECK(params.slot_of_row.size == params.batch, op, ": state_indices must have shape [", params.batch,
                 "] (x's batch size), got [", params.slot_of_row.size, "]");
   } else {
-    INLAY_CHECK(params.slots == params.batch, op, ": state must have x's batch size ", params.batch, ", got ",
-                params.slots);
+    check_slots(params, op, "state", x);
   }
 
   const LaunchScope scope(x);

@@ -15,8 +15,7 @@ void check_dtype(const TensorInfo& tensor, DType first, DType second) {
 
 void check_state_dtype(const char* op, const char* name, DType state, DType dtype) {
   INLAY_CHECK(state == wide_dtype(dtype) || state == second_state_dtype(dtype), op, ": ", name, " must be ",
-              dtype == DType::f64 ? "float64" : "float32 or bfloat16", " for ", name_of(dtype), " q, got ",
-              name_of(state));
+              dtype == DType::f64 ? "float64" : "float32 or bfloat16", ", got ", name_of(state));
 }
 
 StateTensor state_tensor(const TensorInfo& tensor, const Inputs& inputs, const TensorInfo& q) {
@@ -37,6 +36,21 @@ StateTensor state_tensor(const TensorInfo& tensor, const Inputs& inputs, const T
   return state;
 }
 
+StateTensor updated_state(const TensorInfo& tensor, const Inputs& inputs, const TensorInfo& q) {
+  const StateTensor state = state_tensor(tensor, inputs, q);
+  const int64_t size = inputs.key_dim * inputs.value_dim;
+  INLAY_CHECK((state.head_stride == size || inputs.value_heads == 1) &&
+                  (state.sequence_stride >= inputs.value_heads * size || inputs.sequences.count <= 1),
+              tensor.op, ": ", tensor.name, " must not overlap itself: a dense [Hv, K, V] for each of the batch");
+  return state;
+}
+
+void check_head_dim(const TensorInfo& tensor, const char* dimension, int64_t size) {
+  INLAY_CHECK(size >= 1 && size <= kMaxHeadDim && size % kHeadDimMultiple == 0, tensor.op, ": ", tensor.name,
+              " must have a multiple of ", kHeadDimMultiple, " up to ", kMaxHeadDim, " in its ", dimension,
+              " dimension, got ", size);
+}
+
 Inputs checked_inputs(const TensorInfo& q, const InputTensors& tensors, const OptionalTensor& initial_state,
                       const OptionalTensor& cu_seqlens, double scale, bool l2norm_qk) {
   const char* op = q.op;
@@ -54,11 +68,7 @@ Inputs checked_inputs(const TensorInfo& q, const InputTensors& tensors, const Op
   inputs.value_dim = v.sizes[3];
   INLAY_CHECK(inputs.key_heads >= 1 && inputs.value_heads >= 1 && inputs.value_heads % inputs.key_heads == 0, op,
               ": v must have a multiple of q's heads ", inputs.key_heads, ", got ", inputs.value_heads);
-  for (const TensorInfo* tensor : {&q, &v}) {
-    INLAY_CHECK(tensor->width() >= 1 && tensor->width() <= kMaxHeadDim && tensor->width() % kHeadDimMultiple == 0, op,
-                ": ", tensor->name, " must have a multiple of ", kHeadDimMultiple, " up to ", kMaxHeadDim,
-                " in its last dimension, got ", tensor->width());
-  }
+  for (const TensorInfo* tensor : {&q, &v}) check_head_dim(*tensor, "last", tensor->width());
   const DType wide = wide_dtype(q.dtype);
   for (const TensorInfo* tensor : {&g, &beta}) {
     check_shape(*tensor, {q.sizes[0], q.sizes[1], v.sizes[2]}, "B, T, Hv");

@@ -14,6 +14,11 @@ void check_state_dtype(const char* op, const char* name, DType state, DType dtyp
 // [N, Hv, K, V] with every [K, V] dense. The pointer is written through only where the schema says so.
 StateTensor state_tensor(const TensorInfo& tensor, const Inputs& inputs, const TensorInfo& q);
 
+// The same of a state that is updated in place: what is written must not overlap itself.
+StateTensor updated_state(const TensorInfo& tensor, const Inputs& inputs, const TensorInfo& q);
+// K or V: the size of one of the tensor's dimensions.
+void check_head_dim(const TensorInfo& tensor, const char* dimension, int64_t size);
+
 struct InputTensors {
   const Tensor& q;
   const Tensor& k;

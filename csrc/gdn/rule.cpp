@@ -40,13 +40,10 @@ Tensor gated_delta_step(const Tensor& q_tensor, const Tensor& k, const Tensor& v
   StepParams params;
   params.inputs = checked_inputs(q, {q_tensor, k, v, g, beta}, std::nullopt, std::nullopt, scale, l2norm_qk);
   const Inputs& inputs = params.inputs;
-  const int64_t tokens = inputs.sequences.tokens, size = inputs.key_dim * inputs.value_dim;
+  const int64_t tokens = inputs.sequences.tokens;
   INLAY_CHECK(tokens >= 1 && tokens <= kMaxStepTokens, op, ": q must have 1 to ", kMaxStepTokens, " tokens, got ",
               tokens);
-  params.state = state_tensor(state_info, inputs, q);
-  INLAY_CHECK((params.state.head_stride == size || inputs.value_heads == 1) &&
-                  (params.state.sequence_stride >= inputs.value_heads * size || inputs.batch <= 1),
-              op, ": state must not overlap itself: a dense [Hv, K, V] for each of the batch");
+  params.state = updated_state(state_info, inputs, q);
   if (states_out) {
     const TensorInfo every(op, "states_out", *states_out);
     check_shape(every, {inputs.batch, tokens, inputs.value_heads, inputs.key_dim, inputs.value_dim}, "B, T, Hv, K, V");

@@ -4,7 +4,7 @@ from inlay._info import Info, info
 from inlay.hf.kernels import register_kernels
 from inlay.hf.patch import patch, patched, report, unpatch
 from inlay.ops.conv import causal_conv1d, causal_conv1d_step
-from inlay.ops.gdn import gated_delta_rule, gated_delta_step, gdn_gates
+from inlay.ops.gdn import gated_delta_rule, gated_delta_step, gdn_gates, gdn_layer_step
 from inlay.ops.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "gated_delta_step",
     "gated_rms_norm",
     "gdn_gates",
+    "gdn_layer_step",
     "info",
     "l2_norm",
     "layer_norm",

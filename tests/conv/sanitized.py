@@ -38,6 +38,8 @@ def main(names: list[str]) -> None:
                         inlay.causal_conv1d(*leaves, cu_seqlens=offsets).sum().backward()
                     with torch.no_grad():
                         inlay.causal_conv1d_step(x[:, :4], start, *leaves[1:], activation="silu")
+                        columns = torch.zeros(batch, x.shape[2], max(4, width), device="cuda", dtype=dtype)
+                        inlay.causal_conv1d_step(x[:, :4], columns, *leaves[1:], activation="silu")
                     count += 1
         torch.cuda.synchronize()
         print(name, flush=True)

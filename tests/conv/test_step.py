@@ -64,6 +64,22 @@ def test_accuracy(parameters, device, dtype):
     assert_same_bits(states["inlay"], states["eager"], "state")
 
 
+@pytest.mark.parametrize("batch", [1, 3, 4, 9])
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_four_columns(width, batch, device):
+    """As Hugging Face keeps them; what no weight meets has no say, but moves on."""
+    case = Case(width=width, bias=True)
+    tensors = case.inputs((batch, 2, 40), torch.bfloat16, device)
+    state = torch.randn(batch, 40, 4, device=device).bfloat16()
+    state[..., : 4 - (width - 1)] = torch.nan
+    apart = state.transpose(1, 2).contiguous().transpose(1, 2)
+    options = step_options(tensors, case)
+    y = inlay.causal_conv1d_step(tensors["x"], state, **options)
+    assert not y.isnan().any()
+    assert_same_bits(y, inlay.causal_conv1d_step(tensors["x"], apart, **options), "y")
+    assert_same_bits(state, apart, "state")
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_slots(tokens, dtype, device):

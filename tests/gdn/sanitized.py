@@ -5,11 +5,13 @@ Shapes: head dimensions that fill their tiles and that do not, aligned and not, 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import torch
 
 import inlay
+from tests.gdn.layer_cases import CASES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEADS = ((8, 8), (64, 64), (96, 72), (128, 128), (256, 200))  # K, V
@@ -45,9 +47,23 @@ def main(names: list[str]) -> None:
                             q[:, :16], k[:, :16], v[:, :16], g[:, :16], beta[:, :16], state, states_out=every
                         )
                         count += 1
+        count += layer_steps(dtype)
         torch.cuda.synchronize()
         print(name, flush=True)
     print(f"{count} calls")
+
+
+def layer_steps(dtype: torch.dtype) -> int:
+    for case in CASES:
+        for tokens in (1, 16):
+            for state_dtype in (torch.float32, torch.bfloat16):
+                own = dataclasses.replace(case, tokens=tokens)
+                own.run(inlay, own.inputs(dtype, "cuda", state_dtype))
+    for batch in (1, 100):  # few heads and many, whose tiles differ
+        q, k, v = (torch.randn(batch, 3, 4, 128, device="cuda").to(dtype) for _ in range(3))
+        g, beta = (torch.zeros(batch, 3, 4, device="cuda") for _ in range(2))
+        inlay.gated_delta_step(q, k, v, g, beta, torch.randn(batch, 4, 128, 128, device="cuda"), l2norm_qk=True)
+    return 4 * len(CASES) + 2
 
 
 if __name__ == "__main__":

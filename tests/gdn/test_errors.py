@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import inlay
+from tests.gdn.layer_cases import LayerCase
 
 B, T, HK, HV, K, V = 2, 6, 2, 4, 16, 24
 ones = torch.ones
@@ -145,6 +146,50 @@ def test_a_state_for_each_batch_row_of_packed_sequences():
         inlay.gated_delta_rule(**PACKED, cu_seqlens=cumulative(0, 2, 4, 6), initial_state=STATE[:1])
 
 
+LAYER = LayerCase(tokens=T, batch=B, key_heads=HK, value_heads=HV, key_dim=K, value_dim=V).inputs(torch.float32)
+C = 2 * HK * K + HV * V
+BAD_LAYER = [
+    ("mixed_qkv", None, TypeError, "must be a Tensor, got NoneType"),
+    ("mixed_qkv", ones(B, C), ValueError, r"must have shape \[B, T, C\], got \[2, 160\]"),
+    ("mixed_qkv", ones(B, T, C + 1), ValueError, r"must have 2 Hk K \+ Hv V = 160 channels, got 161"),
+    ("mixed_qkv", ones(B, 17, C), ValueError, "must have 1 to 16 tokens, got 17"),
+    ("mixed_qkv", ones(B, 0, C), ValueError, "must have 1 to 16 tokens, got 0"),
+    ("mixed_qkv", ones(B, T, C).long(), ValueError, "must be float32"),
+    ("z", ones(B, T, HV * V), ValueError, r"must have shape \[B, T, Hv, V\] with mixed_qkv's B and T"),
+    ("z", ones(B, T, HV, V).half(), ValueError, r"must be float32, got torch\.float16"),
+    ("z", ones(B, T, HV, 12), ValueError, "must have a multiple of 8 up to 256 as V, got 12"),
+    ("z", ones(B, T, V, HV).transpose(2, 3), ValueError, "must have stride 1 in its last dimension"),
+    ("a", ones(B, T, HK), ValueError, r"must have shape \[2, 6, 4\] \(B, T, Hv\), got \[2, 6, 2\]"),
+    ("a", ones(B, T, HV).double(), ValueError, "must be .*, got torch.float64"),
+    ("a", ones(B, HV, T).transpose(1, 2), ValueError, "must have stride 1 in its last dimension"),
+    ("b", ones(B, T, HV).half(), ValueError, r"must be float32, got torch\.float16"),
+    ("b", ones(B, T, HV, device="meta"), ValueError, "must be on mixed_qkv's device cpu, got meta"),
+    ("conv_weight", ones(C, 2, 4), ValueError, r"must have shape \[160, W\] or \[160, 1, W\] \(mixed_qkv's channels\)"),
+    ("conv_weight", ones(C, 9), ValueError, "must be 2 to 8 wide, got 9"),
+    ("conv_weight", ones(4, C).T, ValueError, "must be contiguous"),
+    ("conv_bias", ones(C - 1), ValueError, r"must have shape \[160\] \(mixed_qkv's width\), got \[159\]"),
+    ("A_log", ones(HK), ValueError, r"must have shape \[4\] \(a's width\), got \[2\]"),
+    ("dt_bias", None, TypeError, "must be a Tensor, got NoneType"),
+    ("norm_weight", ones(K), ValueError, r"must have shape \[24\] \(z's width\), got \[16\]"),
+    ("conv_state", ones(B, C, 2), ValueError, r"must have shape \[2, 160, L\] with L at least 3, got \[2, 160, 2\]"),
+    ("conv_state", ones(B + 1, C, 4), ValueError, r"must have shape \[2, 160, L\] with L at least 3"),
+    ("conv_state", ones(B, C, 4).half(), ValueError, r"must be float32, got torch\.float16"),
+    ("conv_state", ones(1, C, 4).expand(B, -1, -1), ValueError, "must not overlap itself"),
+    ("state", ones(B, HV, 12, V), ValueError, "must have a multiple of 8 up to 256 as K of .*, got 12"),
+    ("state", ones(B, HK, K, V), ValueError, r"must have shape \[2, 4, 16, 24\] \(B, Hv, K, V\), got \[2, 2, 16, 24\]"),
+    ("state", ones(B, HV, K, V).half(), ValueError, r"must be float32 or bfloat16, got torch\.float16"),
+    ("state", ones(1, HV, K, V).expand(B, -1, -1, -1), ValueError, "must not overlap itself"),
+    ("key_heads", 3, ValueError, "must divide z's heads 4, got 3"),
+    ("key_heads", 0, ValueError, "must divide z's heads 4, got 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "text"), BAD_LAYER, ids=ids)
+def test_layer_step(name, value, error, text):
+    with pytest.raises(error, match=rf"^gdn_layer_step: {name} {text}"):
+        inlay.gdn_layer_step(**{**LAYER, "key_heads": HK, name: value})
+
+
 GATES = {"a": torch.randn(B, T, HV), "b": torch.randn(B, T, HV), "A_log": torch.randn(HV), "dt_bias": torch.randn(HV)}
 
 
@@ -188,6 +233,7 @@ GATE_OP = {**GATES, "beta_scale": 1.0, "beta_dtype": torch.float32}
 GATE_BACKWARD = {
     "dg": torch.randn(B, T, HV), "dbeta": torch.randn(B, T, HV), **GATES, "beta_scale": 1.0, "needs_vectors": True,
 }  # fmt: skip
+LAYER_OP = {**LAYER, "key_heads": HK, "eps": 1e-6, "beta_scale": 1.0}
 ONE_ROW = {**PACKED, "initial_state": None}
 RAW = [
     ("gated_delta_rule", RULE, {"q": ones(B, T, HK * K)}, r"q must have shape \[B, T, Hk, K\]"),
@@ -215,6 +261,19 @@ RAW = [
     ("gated_delta_step", STEP, {"state": STATE.half()}, "state must be float32 or bfloat16"),
     ("gated_delta_step", STEP, {"states_out": ones(B, T, HV, K, V).half()}, "states_out must be float32, got float16"),
     ("gated_delta_step", STEP, {"states_out": ones(B, T, HV, V, K)}, "states_out must have shape"),
+    ("gdn_layer_step", LAYER_OP, {"mixed_qkv": ones(B, T, C + 8)}, "mixed_qkv must have 2 Hk K"),
+    ("gdn_layer_step", LAYER_OP, {"mixed_qkv": ones(B, 17, C)}, "mixed_qkv must have 1 to 16 tokens, got 17"),
+    ("gdn_layer_step", LAYER_OP, {"z": ones(B, 1, HV, V)}, r"z must have shape \[B, T, Hv, V\]"),
+    ("gdn_layer_step", LAYER_OP, {"key_heads": 3}, "key_heads must divide z's heads 4, got 3"),
+    ("gdn_layer_step", LAYER_OP, {"b": ones(B, T, HV).half()}, "b must be float32, got float16"),
+    ("gdn_layer_step", LAYER_OP, {"a": ones(B, T, HK)}, r"a must have shape \[2, 6, 4\] \(B, T, Hv\)"),
+    ("gdn_layer_step", LAYER_OP, {"conv_weight": ones(C, 9)}, "conv_weight must be 2 to 8 wide, got 9"),
+    ("gdn_layer_step", LAYER_OP, {"conv_bias": ones(C - 1)}, r"conv_bias must have shape \[160\]"),
+    ("gdn_layer_step", LAYER_OP, {"conv_state": ones(B, C, 2)}, r"conv_state must have shape \[B, 160, L\]"),
+    ("gdn_layer_step", LAYER_OP, {"conv_state": ones(B + 1, C, 4)}, "conv_state must have mixed_qkv's batch size 2"),
+    ("gdn_layer_step", LAYER_OP, {"state": ones(B, HK, K, V)}, r"state must have shape \[2, 4, 16, 24\]"),
+    ("gdn_layer_step", LAYER_OP, {"state": ones(B, HV, K, V).half()}, "state must be float32 or bfloat16"),
+    ("gdn_layer_step", LAYER_OP, {"norm_weight": ones(K)}, r"norm_weight must have shape \[24\]"),
     ("gdn_gates", GATE_OP, {"b": ones(B, T)}, "b must have a's shape"),
     ("gdn_gates", GATE_OP, {"A_log": ones(HK)}, r"A_log must have shape \[4\] \(a's width\), got \[2\]"),
     ("gdn_gates", GATE_OP, {"beta_dtype": torch.float64}, "beta_dtype must be float64 exactly when a is"),

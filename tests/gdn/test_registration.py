@@ -12,6 +12,7 @@ import torch
 import inlay
 from inlay.ops import gdn as ops
 from tests.gdn.cases import LEAVES, Case, Tensors, gradients, random_like
+from tests.gdn.layer_cases import STATES, LayerCase, with_own_states
 from tests.support.compare import assert_same_bits
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -74,6 +75,13 @@ def _step_cases(device: str) -> Iterator[tuple[Any, ...]]:
     yield *tensors, torch.empty(2, 3, 4, 16, 24, device=device), 0.25, False
 
 
+def _layer_step_cases(device: str) -> Iterator[tuple[Any, ...]]:
+    for dtype, state_dtype in ((F32, F32), (BF16, F32), (BF16, BF16)):
+        case = LayerCase(tokens=3, conv_bias=dtype == BF16)
+        tensors = case.inputs(dtype, device, state_dtype)
+        yield *tensors.values(), case.key_heads, 1e-6, 1.0
+
+
 # Every raw op's argument lists, for opcheck; a test of the whole package holds its keys to the registered ops.
 OPCHECK_CASES = {
     "gdn_gates": _gates_cases,
@@ -81,6 +89,7 @@ OPCHECK_CASES = {
     "gated_delta_rule": _rule_cases,
     "gated_delta_rule_bwd": _rule_backward_cases,
     "gated_delta_step": _step_cases,
+    "gdn_layer_step": _layer_step_cases,
 }
 
 
@@ -172,18 +181,37 @@ def test_a_compiled_step_updates_its_state(backend, device):
         assert_same_bits(state, expected_state, "state")
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_layer_step_updates_its_states(backend, device):
+    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    case = LayerCase()
+    tensors = with_own_states(case.inputs(BF16, device))
+    expected = with_own_states(tensors)
+
+    def step(mixed_qkv, **rest):
+        return case.run(inlay, {"mixed_qkv": mixed_qkv * 2, **rest}) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(**tensors), step(**expected), rtol=0.01, atol=0.01)
+        for name in STATES:
+            assert_same_bits(tensors[name], expected[name], name)
+
+
 class Layer(torch.nn.Module):
     def forward(self, q, k, v, g, beta):
         return inlay.gated_delta_rule(q, k, v, g, beta, output_final_state=True)
 
 
 def test_export(device):
-    example = tuple(Case(tokens=20, with_state=False).inputs(F32, device).values())
+    example = tuple(Case(tokens=20, with_state=False).inputs(BF16, device).values())
     tokens = torch.export.Dim("tokens", min=2)
     with torch.no_grad():
         program = torch.export.export(Layer(), example, dynamic_shapes=({1: tokens},) * 5)
         assert any("inlay.gated_delta_rule" in str(node.target) for node in program.graph.nodes)
-        inputs = tuple(Case(tokens=77, with_state=False).inputs(F32, device).values())
+        inputs = tuple(Case(tokens=77, with_state=False).inputs(BF16, device).values())
         for actual, wanted in zip(program.module()(*inputs), Layer()(*inputs), strict=True):
             assert_same_bits(actual, wanted, "exported")
 

@@ -104,6 +104,41 @@ def test_a_slice_of_a_pool_of_states(device):
     assert_same_bits(pool[::2], before[::2], "states of others")
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (96, 72), (64, 96)], ids=str)
+def test_a_sequence_does_not_depend_on_the_others(shape, device):
+    """Nor on how many there are, which decides how the work is shared out."""
+    case = Case(batch=140, key_dim=shape[0], value_dim=shape[1], tokens=3, value_heads=4)
+    tensors = case.inputs(torch.bfloat16, device)
+    state = tensors["initial_state"].clone()
+    o = step(inlay, case, tensors, state)
+    for index in (0, 139):
+        alone = {name: t[index : index + 1].clone() for name, t in tensors.items()}
+        own = alone["initial_state"]
+        assert_same_bits(step(inlay, case, alone, own), o[index : index + 1], f"sequence {index}")
+        assert_same_bits(own, state[index : index + 1], f"state {index}")
+
+
+@pytest.mark.cuda
+def test_in_a_cuda_graph():
+    case = Case(tokens=1, batch=3, value_heads=4, key_dim=128, value_dim=128)
+    tensors = case.inputs(torch.bfloat16, "cuda")
+    state, expected = (tensors["initial_state"].clone() for _ in range(2))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(inlay, case, tensors, state.clone())
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = step(inlay, case, tensors, state)
+    for _ in range(4):
+        for name, fresh in case.inputs(torch.bfloat16, "cuda").items():
+            tensors[name].copy_(fresh)
+        graph.replay()
+        assert_same_bits(o, step(inlay, case, tensors, expected), "o")
+        assert_same_bits(state, expected, "state")
+
+
 def test_float64():
     case = SHAPES[1]
     tensors = inputs(case, 9, torch.float64, "cpu")

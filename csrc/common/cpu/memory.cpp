@@ -3,7 +3,17 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <new>
+
 namespace inlay::cpu {
+
+std::unique_ptr<void, Free> make_memory(int64_t bytes) {
+  constexpr int64_t kLineBytes = 64;
+  std::unique_ptr<void, Free> memory(
+      std::aligned_alloc(kLineBytes, (bytes + kLineBytes - 1) / kLineBytes * kLineBytes));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
 
 int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {

@@ -2,8 +2,17 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 
 namespace inlay::cpu {
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// Scratch memory, aligned to lines of the cache. Throws std::bad_alloc.
+std::unique_ptr<void, Free> make_memory(int64_t bytes);
 
 int64_t last_level_cache_bytes();
 

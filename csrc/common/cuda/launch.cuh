@@ -72,19 +72,24 @@ struct Launch {
   void (*start)(const Params& params, int64_t blocks, void* stream);
 };
 
-// Starts `Kernel`, which calls wait_for_predecessor() before it touches memory.
+// Starts `Kernel`, which calls wait_for_predecessor() before it touches memory. `cluster`: so many neighbouring blocks
+// of the first dimension run at the same time and may wait for each other; more than one only where the kernel has
+// dependent launch, which is on the same GPUs.
 template <auto Kernel, int kThreads, int kSharedBytes = 0, typename Params>
-void start(const Params& params, dim3 grid, void* stream) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void start(const Params& params, dim3 grid, void* stream, int cluster = 1) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = kernel_traits<Kernel>(kThreads, kSharedBytes).dependent_launch ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !kernel_traits<Kernel>(kThreads, kSharedBytes).dependent_launch ? 0 : cluster > 1 ? 2 : 1;
   check(cudaLaunchKernelEx(&config, Kernel, params), "launching a kernel");
 }
 
@@ -118,6 +123,21 @@ __device__ inline void wait_for_predecessor() {
 __device__ inline void release_successor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Says that this thread has got what it read of memory that another block of its cluster will overwrite; each must then
+// wait as well. What this thread wrote is not made visible: a fence for the whole GPU would take longer than the reads.
+// Whole warps must call, best behind a __syncthreads().
+__device__ inline void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 

@@ -13,8 +13,8 @@
 
 namespace inlay::cuda {
 
-using Fragment = uint32_t[4];     // an a, or the b of two neighbouring column tiles
-using Accumulator = float[4];     // a c
+using Fragment = uint32_t[4];  // an a, or the b of two neighbouring column tiles
+using Accumulator = float[4];  // a c
 
 template <typename T>
 __device__ inline uint32_t pack_pair(float low, float high) {

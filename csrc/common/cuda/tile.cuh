@@ -57,11 +57,11 @@ struct TileView {
 // The rows of a tensor that a tile is filled with.
 template <typename T>
 struct TileSource {
-  const T* first;     // row 0, column 0
+  const T* first;  // row 0, column 0
   int64_t row_stride;
-  int rows;           // the tile's others are zero
-  int columns;        // likewise; a multiple of 8
-  bool aligned;       // rows start at multiples of 16 bytes
+  int rows;      // the tile's others are zero
+  int columns;   // likewise; a multiple of 8
+  bool aligned;  // rows start at multiples of 16 bytes
 };
 
 // Fills a tile by `kThreads` threads, in the background where rows are aligned. Visible after the copies were waited

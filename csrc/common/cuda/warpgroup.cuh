@@ -36,7 +36,8 @@ struct ColumnsOf {  // the first 64 columns of a tile; its rows are summed over
 // a tile's columns are summed over or, then called transposed, its rows.
 template <typename T, int kRows, int kColumns>
 __device__ __forceinline__ uint64_t descriptor(const TileView<T, kRows, kColumns>& tile, int row, int column) {
-  const uint32_t address = tile.base + column / 64 * Tile<T, kRows, kColumns>::kPanelBytes + row * 128 + column % 64 * 2;
+  const uint32_t address =
+      tile.base + column / 64 * Tile<T, kRows, kColumns>::kPanelBytes + row * 128 + column % 64 * 2;
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 

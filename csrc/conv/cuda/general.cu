@@ -37,8 +37,4 @@ void initial_state_gradient(const BackwardParams& params, void* stream) {
   start_threads<initial_state_gradient_kernel>(params, params.sequences.count * params.channels, stream);
 }
 
-void single_steps(const StepParams& params, void* stream) {
-  start_threads<step_kernel>(params, params.batch * params.channels, stream);
-}
-
 }  // namespace inlay::conv::cuda

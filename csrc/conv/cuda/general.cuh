@@ -1,5 +1,5 @@
 // Kernels for what the fast ones leave, an element at a time, with dtype and width known at run time: forward and
-// backward of any alignment and of widths beyond 4, final states, the initial state's gradient, and single steps.
+// backward of any alignment and of widths beyond 4, final states, and the initial state's gradient.
 //
 // Neighbouring threads work on neighbours in memory. The same formulas in the same order as in the fast kernels.
 #pragma once
@@ -169,51 +169,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     }
     sum += final_state_gradient(p, sequence, channel, sequence.begin - (p.width - 1) + column);
     store_one(p.dinitial_state.data, p.dtype, p.dinitial_state.offset(index, channel, column), sum);
-  }
-}
-
-// One channel of one batch row a thread: its newest inputs in registers, then token by token, then the state.
-__global__ void __launch_bounds__(kThreads, kMinBlocks) step_kernel(const __grid_constant__ StepParams p) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = thread / p.channels;
-  const int64_t channel = thread - row * p.channels;
-  wait_for_predecessor();
-  release_successor();
-  if (row >= p.batch) return;
-  const int64_t slot = p.slot(row);
-  if (slot < 0) {
-    for (int64_t t = 0; t < p.time; ++t) store_one(p.y.data, p.dtype, p.y.offset(row, t, channel), 0.0f);
-    return;
-  }
-  // taps[k] is what weight[k] meets; k beyond the width is unused.
-  float weight[kMaxWidth], taps[kMaxWidth];
-#pragma unroll
-  for (int k = 0; k < kMaxWidth; ++k) {
-    weight[k] = taps[k] = 0.0f;
-    if (k >= p.width) continue;
-    weight[k] = weight_at(p.weight, p.width, channel, k);
-    if (k == 0) continue;
-    const int64_t column = p.columns - p.width + k;
-    taps[k] = load_one(p.state.data, p.dtype, p.state.offset(slot, channel, column));
-  }
-  const float bias = bias_at(p.bias, channel);
-  for (int64_t t = 0; t < p.time; ++t) {
-    const float input = load_one(p.x.data, p.dtype, p.x.offset(row, t, channel));
-    float z = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kMaxWidth; ++k) {
-      if (k >= p.width) continue;
-      taps[k] = k + 1 < p.width ? taps[min(k + 1, static_cast<int>(kMaxWidth) - 1)] : input;
-      z = __fmaf_rn(weight[k], taps[k], z);
-    }
-    store_one(p.y.data, p.dtype, p.y.offset(row, t, channel), any_activate(p, __fadd_rn(z, bias)));
-  }
-  // In place: a column takes a later one's value, or a token's.
-  for (int64_t column = 0; column < p.columns; ++column) {
-    const int64_t newer = column + p.time;
-    const float value = newer < p.columns ? load_one(p.state.data, p.dtype, p.state.offset(slot, channel, newer))
-                                          : load_one(p.x.data, p.dtype, p.x.offset(row, newer - p.columns, channel));
-    store_one(p.state.data, p.dtype, p.state.offset(slot, channel, column), value);
   }
 }
 

@@ -1,4 +1,4 @@
-// Which kernel serves which parameters. Instantiated in instantiations/ and general.cu.
+// Which kernel serves which parameters. Instantiated in instantiations/, general.cu and step.cu.
 #pragma once
 
 #include "common/cuda/launch.cuh"

@@ -2,13 +2,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "common/check.h"
 #include "common/cpu/isa.h"
 #include "common/cpu/matrix.h"
+#include "common/cpu/memory.h"
 #include "gdn/cpu/kernels.h"
 
 namespace inlay::gdn {
@@ -32,17 +30,6 @@ const Kernels& kernels_for(DType dtype) {
     default:
       return kGenericKernels;
   }
-}
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-// Memory of one thread, aligned to lines of the cache.
-std::unique_ptr<void, Free> make_memory(int64_t bytes) {
-  std::unique_ptr<void, Free> memory(std::aligned_alloc(cpu::kLineBytes, cpu::round_up(bytes, cpu::kLineBytes)));
-  if (!memory) throw std::bad_alloc();
-  return memory;
 }
 
 void check_offsets(const char* op, const Sequences& sequences) {
@@ -78,7 +65,7 @@ void for_each_task(const Inputs& inputs, int64_t columns, const Kernels& kernels
   const int64_t work_per_task = tokens * inputs.key_dim * columns;
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / work_per_task);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const auto memory = make_memory(kernels.memory_bytes(inputs, work));
+    const auto memory = cpu::make_memory(kernels.memory_bytes(inputs, work));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t column = i / sequences % parts * columns;
       const Task task{i % sequences, i / (sequences * parts), column, std::min(columns, inputs.value_dim - column)};
@@ -137,7 +124,7 @@ void backward(const BackwardParams& p, void*) {
   const int64_t rows = inputs.batch * inputs.sequences.tokens;
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (2 * inputs.value_heads * inputs.key_dim));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    const auto memory = make_memory(kernels.memory_bytes(inputs, Work::recurrent));
+    const auto memory = cpu::make_memory(kernels.memory_bytes(inputs, Work::recurrent));
     kernels.sum_group(p, scratch, begin, end, memory.get());
   });
 }

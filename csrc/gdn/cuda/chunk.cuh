@@ -36,8 +36,8 @@ struct ChunkParams {
 struct Chunk {
   int64_t sequence;
   int64_t batch;
-  int64_t token;   // its first
-  int tokens;      // at most kTokens; none: no chunk has this number
+  int64_t token;  // its first
+  int tokens;     // at most kTokens; none: no chunk has this number
 };
 
 // The chunk of a number. Without a look at the offsets numbers have gaps (see Sequences), where this finds no tokens.

@@ -13,8 +13,8 @@ void scans(const ScanParams& states, const ScanBackwardParams& gradients, void* 
   const dim3 grid(scan_blocks<kGroups>(states.chunk.inputs));
   start<scan_kernel<T, kKeys, kGroups, Scan::states>, kThreads,
         ScanForwardMemory<T, kKeys, kGroups, Scan::states>::kBytes>(states, grid, stream);
-  start<scan_backward_kernel<T, kKeys, kGroups>, kThreads, ScanBackwardMemory<T, kKeys, kGroups>::kBytes>(
-      gradients, grid, stream);
+  start<scan_backward_kernel<T, kKeys, kGroups>, kThreads, ScanBackwardMemory<T, kKeys, kGroups>::kBytes>(gradients,
+                                                                                                          grid, stream);
 }
 
 template <typename T, int kKeys>

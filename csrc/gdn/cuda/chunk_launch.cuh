@@ -22,8 +22,8 @@ unsigned scan_blocks(const Inputs& in) {
   return static_cast<unsigned>(in.sequences.count * in.value_heads * parts);
 }
 
-// Calls use(how many groups of columns a scan's blocks have): two where that leaves enough blocks, and where two heads of
-// this size have room.
+// Calls use(how many groups of columns a scan's blocks have): two where that leaves enough blocks, and where two heads
+// of this size have room.
 template <int kKeys, class Use>
 void with_scan_groups(const Inputs& in, Use use) {
   if constexpr (kKeys <= 128) {

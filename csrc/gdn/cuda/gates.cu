@@ -8,40 +8,21 @@
 #include <stdexcept>
 
 #include "common/cuda/launch.cuh"
-#include "common/cuda/vector.cuh"
-#include "gdn/params.h"
+#include "gdn/cuda/gates.cuh"
 
 namespace inlay::gdn {
 namespace cuda {
 namespace {
-
-using namespace inlay::cuda;
 
 constexpr int kLanes = 32;  // heads
 constexpr int kRows = 8;
 constexpr int kThreads = kLanes * kRows;
 constexpr int64_t kBlocks = 264;  // over the rows, at most: how many partial sums there are
 
-__device__ float value(const RowTensor& tensor, int64_t row, int64_t head) {
-  float x[1];
-  load_as_float(tensor.data, tensor.dtype, tensor.layout.offset(row) + head, x);
-  return x[0];
-}
-
-__device__ float value(const VectorTensor& tensor, int64_t head) {
-  float x[1];
-  load_as_float(tensor.data, tensor.dtype, head, x);
-  return x[0];
-}
-
 __device__ void write(const OutputTensor& tensor, int64_t index, float x) {
   const float values[1] = {x};
   store_from_float(tensor.data, tensor.dtype, index, values);
 }
-
-__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-// As torch's, which is linear above 20.
-__device__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
 __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__ GatesParams p) {
   wait_for_predecessor();
@@ -54,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kLanes; row < p.rows;
        row += static_cast<int64_t>(gridDim.x) * kRows) {
     write(p.g, row * p.heads + head, rate * softplus(value(p.a, row, head) + bias));
-    write(p.beta, row * p.heads + head, beta_scale * sigmoid(value(p.b, row, head)));
+    write(p.beta, row * p.heads + head, beta_scale * sigmoid<float>(value(p.b, row, head)));
   }
 }
 
@@ -73,8 +54,8 @@ __global__ void __launch_bounds__(kThreads) gates_backward_kernel(const __grid_c
          row += static_cast<int64_t>(gridDim.x) * kRows) {
       const float step = value(p.a, row, head) + bias;
       const float upstream = value(p.dg, row, head) * rate;
-      const float dstep = upstream * sigmoid(step);
-      const float opening = sigmoid(value(p.b, row, head));
+      const float dstep = upstream * sigmoid<float>(step);
+      const float opening = sigmoid<float>(value(p.b, row, head));
       dlog_decay += upstream * softplus(step);
       ddt_bias += dstep;
       write(p.da, row * p.heads + head, dstep);

@@ -1,5 +1,6 @@
-// The gradients of q, k, g and beta, of all chunks at once, when the states before and the gradients of the states after
-// each chunk are known (scan.cuh, scan_backward.cuh). With their names, for one value head, S and G as they were there:
+// The gradients of q, k, g and beta, of all chunks at once, when the states before and the gradients of the states
+// after each chunk are known (scan.cuh, scan_backward.cuh). With their names, for one value head, S and G as they were
+// there:
 //
 //   dscores = do u^T            dM = -w u^T                        both not above the diagonal, dM not on it either
 //   Y = dscores scale r_i r_j D                    N = dM beta_i r_i r_j D
@@ -62,7 +63,15 @@ struct GradientMemory {
 };
 
 // What the warps of a block add up of each token: rows of float32 [kTokens], one for each warp that has a part of it.
-enum Sum : int { kQueryDot = 0, kKeyDot = 2, kStateDot = 4, kRowSum = 6, kBetaSum = 8, kColumnSum = 10, kValueDot = 14 };
+enum Sum : int {
+  kQueryDot = 0,
+  kKeyDot = 2,
+  kStateDot = 4,
+  kRowSum = 6,
+  kBetaSum = 8,
+  kColumnSum = 10,
+  kValueDot = 14
+};
 
 // Starts c[64, kKeys / 2] += a's step times that half of a tile's columns.
 template <typename T, int kKeys, class A>
@@ -93,8 +102,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
   const uint32_t base = shared_address(memory);
   const TileView<T, kTokens, kKeys> k_tile{base}, q_tile{base + Memory::kQueries};
   const TileView<T, kTokens, kTokens> y_tile{base + Memory::kY}, n_tile{base + Memory::kN};
-  float(*const factors)[kTokens] = reinterpret_cast<float(*)[kTokens]>(memory + Memory::kFactorsAt);
-  float(*const sums)[kTokens] = reinterpret_cast<float(*)[kTokens]>(memory + Memory::kSums);
+  float (*const factors)[kTokens] = reinterpret_cast<float (*)[kTokens]>(memory + Memory::kFactorsAt);
+  float (*const sums)[kTokens] = reinterpret_cast<float (*)[kTokens]>(memory + Memory::kSums);
   __shared__ float state_dots[kGradientWarps];
   const int64_t token_row = chunk.batch * in.sequences.tokens + chunk.token;  // of dense [B * T, ...]
   const int group = static_cast<int>(in.group()), slices = (values + kSlice - 1) / kSlice;
@@ -178,7 +187,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
       const TileView<T, kSlice, kKeys> s_tile{stage}, g_tile{stage + Memory::kDStates};
       const TileView<T, kTokens, kSlice> do_tile{stage + Memory::kDout}, w_tile{stage + Memory::kW};
       const TileView<T, kTokens, kSlice> u_tile{stage + Memory::kU}, v_tile{stage + Memory::kV};
-begin_products();
+      begin_products();
 #pragma unroll
       for (int v = 0; v < kSlice / 16; ++v) {
         start_times_half(do_s, RowsOf<T, kTokens, kSlice>{do_tile, 0}, v, s_tile, half);
@@ -350,8 +359,7 @@ begin_products();
       for (int j = 0; j < 2; ++j) {
         const int row = 2 * lane + j;
         if (row < chunk.tokens) {
-          const float gate =
-              static_cast<const float*>(in.g.data)[in.g.offset(chunk.batch, chunk.token + row, head)];
+          const float gate = static_cast<const float*>(in.g.data)[in.g.offset(chunk.batch, chunk.token + row, head)];
           static_cast<float*>(p.dg.data)[(token_row + row) * in.value_heads + head] =
               gate < kSmallestGate ? 0.0f : dg[j];  // nothing is left there to decay
         }

@@ -13,8 +13,8 @@ using namespace inlay::cuda;
 
 inline constexpr int kInverseStride = 68;  // of the matrix in shared memory: rows four banks apart
 
-// A 16x16 block as two operands of eight values of the summed dimension each; those of step i are, for lane 4 g + t, its
-// columns (of an `a`) or rows (of a `b`) 8 i + 2 t and 8 i + 2 t + 1.
+// A 16x16 block as two operands of eight values of the summed dimension each; those of step i are, for lane 4 g + t,
+// its columns (of an `a`) or rows (of a `b`) 8 i + 2 t and 8 i + 2 t + 1.
 using BlockA = float[2][4];
 using BlockB = float[2][2][2];  // [step][tile of 8 columns]
 

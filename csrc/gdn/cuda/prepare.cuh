@@ -48,9 +48,10 @@ __global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __gri
   if (chunk.tokens == 0) return;
 
   char* const memory = dynamic_shared();
-  const TileView<T, kTokens, kKeys> keys{shared_address(memory)}, queries{shared_address(memory + Memory::kQueryOffset)};
+  const TileView<T, kTokens, kKeys> keys{shared_address(memory)},
+      queries{shared_address(memory + Memory::kQueryOffset)};
   float* const matrix = reinterpret_cast<float*>(memory + Memory::kMatrixOffset);
-  float(*const factors)[kTokens] = reinterpret_cast<float(*)[kTokens]>(memory + Memory::kFactorsOffset);
+  float (*const factors)[kTokens] = reinterpret_cast<float (*)[kTokens]>(memory + Memory::kFactorsOffset);
   const int key_dim = static_cast<int>(in.key_dim);
   fetch_tile<kPrepareThreads>(keys, rows_of<T>(in.k, chunk, key_head, key_dim, p.aligned), thread);
   fetch_tile<kPrepareThreads>(queries, rows_of<T>(in.q, chunk, key_head, key_dim, p.aligned), thread);

@@ -1,222 +1,110 @@
-// The gated delta rule token by token:
-//
-//   u = beta (v - exp(g) S^T k)
-//   S <- exp(g) S + k u^T
-//   o = scale S^T q
-//
-// A warp owns 16 columns of one head's state and keeps them in registers, in float32, from the first token to the last:
-// eight groups of four lanes, each with kRows rows of K, each lane with four columns. Columns do not depend on each
-// other, so that no warp waits for another. A token's sums over K are taken together, all of the state before it
-// (S^T q after the token is exp(g) S^T q + u <k, q>), and the next token's inputs are under way meanwhile.
+// The gated delta rule token by token: a block for some columns of one head of one sequence, with the state in its
+// registers (state_tile.cuh). Tokens come in batches, so that memory is waited for once a batch.
 #pragma once
 
-#include <type_traits>
-
 #include "common/cuda/launch.cuh"
-#include "common/cuda/vector.cuh"
-#include "gdn/params.h"
+#include "gdn/cuda/gates.cuh"
+#include "gdn/cuda/recurrent.h"
+#include "gdn/cuda/state_tile.cuh"
 
 namespace inlay::gdn::cuda {
 
-using namespace inlay::cuda;
+// Tokens of a batch, as many as shared memory takes without asking.
+template <int kRows>
+inline constexpr int kBatchTokens = kRows <= 8 ? 16 : 8;
 
-inline constexpr int kLaneColumns = 4;
-inline constexpr int kColumnLanes = 4;  // 64 bytes of float32: what memory hands over at once
-inline constexpr int kTileColumns = kLaneColumns * kColumnLanes;
-inline constexpr int kRowGroups = 32 / kColumnLanes;
-inline constexpr int kRecurrentWarps = 2;  // of a block: small blocks, for few sequences and heads
-
-struct RecurrentParams {
-  Inputs inputs;
-  OutputTensor o;      // [B, T, Hv, V]
-  StateTensor before;  // absent: zeros
-  StateTensor after;   // may be the same memory, or not wanted
-  OutputTensor every;  // [B, T, Hv, K, V], the state after each token; or not wanted
-  bool aligned;        // all rows and states start at multiples of 16 bytes
+template <int kRows, int kColumnLanes>
+struct RecurrentShared : TileShared<kRows, kColumnLanes, kBatchTokens<kRows>> {
+  float v[kBatchTokens<kRows>][kLaneColumns * kColumnLanes];
 };
 
-// N consecutive elements; not aligned: one by one.
-template <typename E, int N>
-__device__ inline Packed<E, N> load_packed(const E* source, bool aligned) {
-  if (aligned && sizeof(E) * N == 8) {
-    Packed<E, N> packed;
-    *reinterpret_cast<uint2*>(&packed) = *reinterpret_cast<const uint2*>(source);
-    return packed;
-  }
-  if (aligned) return load<E, N>(source);
-  Packed<E, N> packed;
-#pragma unroll
-  for (int i = 0; i < N; ++i) packed.values[i] = source[i];
-  return packed;
-}
+inline constexpr int kNarrow = 8;  // lanes of four columns: rows of 128 bytes of float32, what a cache line holds
+inline constexpr int kWide = 32;   // and four times that, so that memory sees whole pages go by; for one batch, aligned
 
-template <typename E, int N>
-__device__ inline void store_packed(E* target, bool aligned, const Packed<E, N>& packed) {
-  if (aligned && sizeof(E) * N == 8) {
-    *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(&packed);
-  } else if (aligned) {
-    store(target, packed);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) target[i] = packed.values[i];
-  }
-}
+// Of a multiprocessor. Two wide ones, so that one moves its states while the other computes, in 64 registers a thread.
+template <int kRows, int kColumnLanes>
+inline constexpr int kRecurrentBlocks = kColumnLanes == kWide ? 2
+                                        : kRows <= 8          ? 5
+                                                              : 2;
 
-// Calls use(data) with a pointer to the state's dtype.
-template <class Use>
-__device__ inline void with_state_type(void* data, DType dtype, Use use) {
-  if (dtype == DType::bf16) {
-    use(static_cast<__nv_bfloat16*>(data));
-  } else {
-    use(static_cast<float*>(data));
-  }
-}
-
-inline constexpr int kPart = kHeadDimMultiple;  // rows of K that a lane has or has not, together
-
-// What one token brings to a lane, as it lies in memory.
-template <typename T, int kRows>
-struct Token {
-  Packed<T, kPart> q[kRows / kPart];
-  Packed<T, kPart> k[kRows / kPart];
-  Packed<T, kLaneColumns> v;
-  float g;
-  float beta;
-};
-
-template <typename T, int kRows>
-__global__ void __launch_bounds__(32 * kRecurrentWarps) recurrent_kernel(const __grid_constant__ RecurrentParams p) {
-  wait_for_predecessor();
-  release_successor();
+template <typename T, int kRows, int kColumnLanes>
+__global__ void __launch_bounds__(kColumnLanes* kGroups, kRecurrentBlocks<kRows, kColumnLanes>)
+    recurrent_kernel(const __grid_constant__ RecurrentParams p) {
+  using Tile = StateTile<kRows, kColumnLanes>;
+  constexpr int kThreads = Tile::kThreads, kColumns = Tile::kColumns, kWarps = kThreads / 32;
+  constexpr int kTokens = kBatchTokens<kRows>;
+  __shared__ RecurrentShared<kRows, kColumnLanes> shared;
   const Inputs& inputs = p.inputs;
   const int keys = static_cast<int>(inputs.key_dim), values = static_cast<int>(inputs.value_dim);
-  const int tiles = (values + kTileColumns - 1) / kTileColumns;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kRecurrentWarps + threadIdx.x / 32;
-  const int64_t head_number = warp / tiles;
-  const int64_t sequence_number = head_number / inputs.value_heads;
-  if (sequence_number >= inputs.sequences.count) return;
-  const int head = static_cast<int>(head_number - sequence_number * inputs.value_heads);
-  const int key_head = head / static_cast<int>(inputs.group());
-  const int lane = threadIdx.x % 32;
-  const int first_row = lane / kColumnLanes * kRows;
-  const int column = static_cast<int>(warp - head_number * tiles) * kTileColumns + lane % kColumnLanes * kLaneColumns;
-  const bool has_column = column < values;
-  const auto has_rows = [&](int part) { return first_row + part * kPart < keys; };
+  const int value_heads = static_cast<int>(inputs.value_heads), head = blockIdx.y;
+  const int key_head = head / (value_heads / static_cast<int>(inputs.key_heads));
+  const int first_column = static_cast<int>(blockIdx.x) * kColumns;
+  const int64_t sequence_number = p.first_sequence + blockIdx.z;
+  const int warp = threadIdx.x / 32;
+
+  const bool aligned = kColumnLanes == kWide || p.aligned;
+  Tile tile(keys, values, first_column, aligned);
+  const int64_t before = p.before.offset(sequence_number, head);
+  // Only blocks that can have started before their predecessor ended: for the others it would be work twice.
+  const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  if (block < resident_blocks_bound(kThreads)) tile.prefetch(p.before.data, p.before.dtype, before);
+  wait_for_predecessor();
+  release_successor();
+  tile.load(p.before.data, p.before.dtype, before);
   const Sequence sequence = inputs.sequences[sequence_number];
 
-  // This lane's part of a state [K, V].
-  const auto for_rows = [&](auto use) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (has_column && has_rows(r / kPart)) use(r, static_cast<int64_t>(first_row + r) * values + column);
+  const auto load_batch = [&](int64_t begin, int count) {
+    // Different warps for each, so that their loads are under way at once where there is but one token.
+    for (int i = threadIdx.x; i < count * kColumns; i += kThreads) {
+      const int token = i / kColumns, column = first_column + i % kColumns;
+      const T* const v = static_cast<const T*>(inputs.v.data) + inputs.v.offset(sequence.batch, begin + token, head);
+      shared.v[token][i % kColumns] = column < values ? to_float(v[column]) : 0.0f;
     }
-  };
-  float state[kRows][kLaneColumns] = {};
-  const auto load_state = [&](const StateTensor& from) {
-    with_state_type(from.data, from.dtype, [&](const auto* data) {
-      using E = std::remove_cv_t<std::remove_reference_t<decltype(*data)>>;
-      data += from.offset(sequence_number, head);
-      for_rows(
-          [&](int r, int64_t offset) { unpack(load_packed<E, kLaneColumns>(data + offset, p.aligned), state[r]); });
-    });
-  };
-  const auto store_state = [&](void* to, DType dtype, int64_t start) {
-    with_state_type(to, dtype, [&](auto* data) {
-      using E = std::remove_reference_t<decltype(*data)>;
-      data += start;
-      for_rows([&](int r, int64_t offset) { store_packed(data + offset, p.aligned, pack<E>(state[r])); });
-    });
-  };
-  if (p.before.data) load_state(p.before);
-
-  const auto load_token = [&](int64_t index, Token<T, kRows>& token) {
-    const auto load_keys = [&](const TokenTensor& tensor, auto& row) {
-      const T* const source = static_cast<const T*>(tensor.data) + tensor.offset(sequence.batch, index, key_head);
-#pragma unroll
-      for (int part = 0; part < kRows / kPart; ++part) {
-        if (has_rows(part)) row[part] = load_packed<T, kPart>(source + first_row + part * kPart, p.aligned);
-      }
-    };
-    load_keys(inputs.q, token.q);
-    load_keys(inputs.k, token.k);
-    if (has_column) {
-      const T* const source = static_cast<const T*>(inputs.v.data) + inputs.v.offset(sequence.batch, index, head);
-      token.v = load_packed<T, kLaneColumns>(source + column, p.aligned);
+    const int own = static_cast<int>(threadIdx.x) - kColumns;
+    if (own >= 0 && own < count) {
+      const auto ask = [&](const TokenTensor& tensor) {
+        return Pending(tensor.data, tensor.dtype, tensor.offset(sequence.batch, begin + own, head));
+      };
+      const Pending g = ask(inputs.g), beta = ask(inputs.beta);
+      shared.decay[own] = expf(g.value());
+      shared.beta[own] = beta.value();
     }
-    token.g = static_cast<const float*>(inputs.g.data)[inputs.g.offset(sequence.batch, index, head)];
-    float beta[1];
-    load_as_float(inputs.beta.data, inputs.beta.dtype, inputs.beta.offset(sequence.batch, index, head), beta);
-    token.beta = beta[0];
-  };
-
-  Token<T, kRows> token{};  // what this lane has no part in stays zero
-  if (sequence.begin < sequence.end) load_token(sequence.begin, token);
-  for (int64_t index = sequence.begin; index < sequence.end; ++index) {
-    const Token<T, kRows> now = token;
-    if (index + 1 < sequence.end) load_token(index + 1, token);
-
-    // <S, k> and <S, q> of four columns each, <k, k>, <q, q>, <k, q>
-    float sums[2 * kLaneColumns + 3] = {};
-#pragma unroll
-    for (int part = 0; part < kRows / kPart; ++part) {
-      float q[kPart], k[kPart];
-      unpack(now.q[part], q);
-      unpack(now.k[part], k);
-#pragma unroll
-      for (int r = 0; r < kPart; ++r) {
-#pragma unroll
-        for (int i = 0; i < kLaneColumns; ++i) {
-          sums[i] += state[part * kPart + r][i] * k[r];
-          sums[kLaneColumns + i] += state[part * kPart + r][i] * q[r];
-        }
-        sums[2 * kLaneColumns] += k[r] * k[r];
-        sums[2 * kLaneColumns + 1] += q[r] * q[r];
-        sums[2 * kLaneColumns + 2] += k[r] * q[r];
-      }
-    }
-#pragma unroll
-    for (int offset = kColumnLanes; offset < 32; offset *= 2) {
-#pragma unroll
-      for (float& sum : sums) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    }
-    const auto inverse_length = [&](float square_sum) {
-      return inputs.l2norm_qk ? 1.0f / sqrtf(square_sum + static_cast<float>(kL2Eps)) : 1.0f;
-    };
-    const float k_factor = inverse_length(sums[2 * kLaneColumns]);
-    const float q_factor = inverse_length(sums[2 * kLaneColumns + 1]);
-    const float dot = sums[2 * kLaneColumns + 2] * k_factor * q_factor;
-    const float decay = expf(now.g);
     const float scale = static_cast<float>(inputs.scale);
-    float v[kLaneColumns];
-    unpack(now.v, v);
-    float update[kLaneColumns], o[kLaneColumns];
+    for (int token = kWarps - 1 - warp; token < count; token += kWarps) {
+      shared.prepare_keys(token, keys, scale, inputs.l2norm_qk, [&](int which, int piece, float (&row)[kPiece]) {
+        const TokenTensor& tensor = which == 0 ? inputs.q : inputs.k;
+        const T* const source = static_cast<const T*>(tensor.data) +
+                                tensor.offset(sequence.batch, begin + token, key_head) + piece * kPiece;
+        if (aligned) {
+          unpack(load<T, kPiece>(source), row);
+        } else {
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) {
-      update[i] = now.beta * (v[i] - decay * (k_factor * sums[i]));
-      o[i] = scale * (decay * (q_factor * sums[kLaneColumns + i]) + update[i] * dot);
-      update[i] *= k_factor;
-    }
-#pragma unroll
-    for (int part = 0; part < kRows / kPart; ++part) {
-      float k[kPart];
-      unpack(now.k[part], k);
-#pragma unroll
-      for (int r = 0; r < kPart; ++r) {
-#pragma unroll
-        for (int i = 0; i < kLaneColumns; ++i) {
-          float& entry = state[part * kPart + r][i];
-          entry = decay * entry + k[r] * update[i];
+          for (int i = 0; i < kPiece; ++i) row[i] = to_float(source[i]);
         }
-      }
+      });
     }
+    __syncthreads();
+  };
 
-    const int64_t row = (sequence.batch * inputs.sequences.tokens + index) * inputs.value_heads + head;
-    if (first_row == 0 && has_column) {
-      store_packed(static_cast<T*>(p.o.data) + row * values + column, p.aligned, pack<T>(o));
+  for (int64_t begin = sequence.begin;;) {
+    const int count = static_cast<int>(sequence.end - begin < kTokens ? sequence.end - begin : kTokens);
+    load_batch(begin, count);
+    if (begin == sequence.begin) tile.widen(p.before.dtype);
+    for (int token = 0; token < count; ++token) {
+      const int64_t row = (sequence.batch * inputs.sequences.tokens + begin + token) * value_heads + head;
+      tile.step(
+          shared, token, [&](int column) { return shared.v[token][column]; },
+          [&](int column, float o) {
+            if (first_column + column >= values) return;
+            static_cast<T*>(p.o.data)[row * values + first_column + column] = from_float<T>(o);
+          });
+      if (p.every.data) tile.store(p.every.data, p.every.dtype, row * keys * values);
     }
-    if (p.every.data) store_state(p.every.data, p.every.dtype, row * keys * values);
+    begin += count;
+    if (kColumnLanes == kWide || begin >= sequence.end) break;
+    __syncthreads();  // the next batch overwrites what the last token read
   }
-  if (p.after.data) store_state(p.after.data, p.after.dtype, p.after.offset(sequence_number, head));
+  if (p.after.data) tile.store(p.after.data, p.after.dtype, p.after.offset(sequence_number, head));
 }
 
 }  // namespace inlay::gdn::cuda

@@ -1,11 +1,12 @@
 // What the two walks over a head's chunks have in common: scan_forward.cuh and scan_backward.cuh.
 //
-// Everything is transposed, so that four warps have 64 of the state's columns, as rows, from the first chunk to the last
-// in registers, and what one product gives is an operand of the next. Columns do not see each other: where there are few
-// heads, more blocks share one, and each reads all of its k and q.
+// Everything is transposed, so that four warps have 64 of the state's columns, as rows, from the first chunk to the
+// last in registers, and what one product gives is an operand of the next. Columns do not see each other: where there
+// are few heads, more blocks share one, and each reads all of its k and q.
 //
 // A block's warpgroups have different work. The first fetches chunks, some ahead. Then come `kGroups` that carry the
-// state of 64 columns each, and last as many that take from these, through shared memory, what others need not wait for.
+// state of 64 columns each, and last as many that take from these, through shared memory, what others need not wait
+// for.
 #pragma once
 
 #include "common/cuda/barrier.cuh"
@@ -28,7 +29,8 @@ struct ScanTeam {
   static constexpr int kCarryRegisters = kGroups == 1 ? 232 : 160;
   static constexpr int kPassOnRegisters = kGroups == 1 ? 168 : 64;
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-  static_assert(kFetchRegisters + kGroups * (kCarryRegisters + kPassOnRegisters) <= (1 + 2 * kGroups) * kStartRegisters);
+  static_assert(kFetchRegisters + kGroups * (kCarryRegisters + kPassOnRegisters) <=
+                (1 + 2 * kGroups) * kStartRegisters);
 
   // Barriers: of a stage that is full or empty, for all; and of a group's hand-over of the state and of its tokens'
   // values, ready or taken.

@@ -19,8 +19,7 @@ using ScanForwardMemory =
     ScanMemory<T, kKeys, kGroups, kScan == Scan::outputs ? 2 : 1, kScan == Scan::outputs ? 2 : 1, 1>;
 
 template <typename T, int kKeys, int kGroups, Scan kScan>
-__global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
-    scan_kernel(const __grid_constant__ ScanParams p) {
+__global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(const __grid_constant__ ScanParams p) {
   using Team = ScanTeam<kGroups>;
   using Memory = ScanForwardMemory<T, kKeys, kGroups, kScan>;
   using Stage = ScanStage<Memory, T, kKeys>;
@@ -125,8 +124,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       if (index + Memory::kStages < place.chunks) arrive_at(Team::empty(stage_number), Team::kAll);
     }
     if (p.final_state.data) {
-      state.store(p.final_state, p.final_state.offset(place.sequence_number, place.head), keys, values,
-                  place.column());
+      state.store(p.final_state, p.final_state.offset(place.sequence_number, place.head), keys, values, place.column());
     }
   } else {
     if constexpr (kGroups == 2) leave_registers<Team::kPassOnRegisters>();

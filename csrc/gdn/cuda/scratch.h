@@ -8,8 +8,8 @@ namespace inlay::gdn::cuda {
 inline constexpr int kTokens = static_cast<int>(kChunk);
 inline constexpr int kMatrix = kTokens * kTokens;
 
-// What is known of each of a chunk's tokens for one value head: rows of float32 [kTokens]. kLogDecay is cumulated, and to
-// base 2.
+// What is known of each of a chunk's tokens for one value head: rows of float32 [kTokens]. kLogDecay is cumulated, and
+// to base 2.
 enum Factor : int { kKeyIn, kQueryIn, kKeyOut, kBeta, kLogDecay, kKeyLength, kQueryLength, kFactors };
 
 // What prepare_kernel leaves, for [chunk number][value head]. Blocks of 16x16 above the diagonal are not written.

@@ -54,7 +54,7 @@ class Activation(IntEnum):
 
 # Plain integers: torch takes 3 us longer to convert the members of an enum.
 _ACTIVATION: dict[str | None, int] = {None: int(Activation.NONE), "silu": int(Activation.SILU)}
-_MIN_WIDTH, _MAX_WIDTH = 2, 8  # as in csrc/conv/params.h
+MIN_WIDTH, MAX_WIDTH = 2, 8  # as in csrc/conv/params.h
 
 _ops = _load.namespace()
 _conv = _ops.causal_conv1d.default
@@ -235,8 +235,8 @@ def _check_convolution(
             f"{op}: weight must have shape [{channels}, W] or [{channels}, 1, W] (x's channels), got"
             f" {list(weight.shape)}"
         )
-    if not _MIN_WIDTH <= weight.shape[-1] <= _MAX_WIDTH:
-        raise ValueError(f"{op}: weight must be {_MIN_WIDTH} to {_MAX_WIDTH} wide, got {weight.shape[-1]}")
+    if not MIN_WIDTH <= weight.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{op}: weight must be {MIN_WIDTH} to {MAX_WIDTH} wide, got {weight.shape[-1]}")
     checks.parameter(op, "weight", weight, x)
     if not weight.is_contiguous():
         raise ValueError(f"{op}: weight must be contiguous, got strides {list(weight.stride())}")

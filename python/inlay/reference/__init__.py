@@ -5,7 +5,7 @@ differentiable by autograd, and imports nothing from ``inlay.ops``.
 """
 
 from inlay.reference.conv import causal_conv1d, causal_conv1d_step
-from inlay.reference.gdn import gated_delta_rule, gated_delta_step, gdn_gates
+from inlay.reference.gdn import gated_delta_rule, gated_delta_step, gdn_gates, gdn_layer_step
 from inlay.reference.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "gated_delta_step",
     "gated_rms_norm",
     "gdn_gates",
+    "gdn_layer_step",
     "l2_norm",
     "layer_norm",
     "rms_norm",

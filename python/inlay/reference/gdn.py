@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.reference.conv import causal_conv1d_step
+from inlay.reference.norm import gated_rms_norm
+
 L2_EPS = 1e-6
 _CHUNK = 64
 _RECURRENT_TOKENS = 16  # up to so many, "auto" is the token recurrence
@@ -87,6 +90,32 @@ def gated_delta_step(
             states_out[:, t].copy_(wide)
     state.copy_(wide)
     return torch.cat(outputs, 2).transpose(1, 2).to(v.dtype, memory_format=torch.contiguous_format)
+
+
+def gdn_layer_step(
+    mixed_qkv: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    *,
+    key_heads: int,
+    eps: float = 1e-6,
+    beta_scale: float = 1.0,
+) -> Tensor:
+    convolved = causal_conv1d_step(mixed_qkv, conv_state, conv_weight, conv_bias, activation="silu")
+    keys = key_heads * state.shape[2]
+    q, k, v = convolved.split([keys, keys, z.shape[2] * z.shape[3]], -1)
+    q, k = (x.unflatten(-1, (key_heads, state.shape[2])) for x in (q, k))
+    g, beta = gdn_gates(a, b, A_log, dt_bias, beta_scale=beta_scale)
+    o = gated_delta_step(q, k, v.unflatten(-1, z.shape[2:]), g, beta, state, l2norm_qk=True)
+    return gated_rms_norm(o, z, norm_weight, eps=eps)
 
 
 def _recurrent(inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:

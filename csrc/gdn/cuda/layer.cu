@@ -1,0 +1,50 @@
+// Starts the kernel of gdn/layer.h.
+#include "gdn/cuda/aligned.h"
+#include "gdn/cuda/layer.cuh"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "gdn/cuda/recurrent.h"
+
+namespace inlay::gdn {
+namespace cuda {
+namespace {
+
+constexpr int64_t kMaxCluster = 8;  // blocks: what every GPU with clusters has
+
+template <typename T, int kRows>
+void launch(const LayerStepParams& p, void* stream) {
+  constexpr int kSharedBytes = sizeof(LayerShared<kRows>);
+  const bool has_clusters = kernel_traits<layer_step_kernel<T, kRows>>(kLayerThreads, kSharedBytes).dependent_launch;
+  const int64_t blocks = has_clusters ? std::min(p.group(), kMaxCluster) : 1;
+  LayerKernelParams params{p, static_cast<int>(blocks), aligned_state(p.state), 0};
+  for (; params.first_sequence < p.conv.batch; params.first_sequence += kMaxGridSequences) {
+    const int64_t count = std::min(p.conv.batch - params.first_sequence, kMaxGridSequences);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.key_heads), static_cast<unsigned>(count));
+    start<layer_step_kernel<T, kRows>, kLayerThreads, kSharedBytes>(params, grid, stream, static_cast<int>(blocks));
+  }
+}
+
+template <typename T>
+void launch(const LayerStepParams& p, void* stream) {
+  p.key_dim > kGroups * 8 ? launch<T, 16>(p, stream) : launch<T, 8>(p, stream);
+}
+
+}  // namespace
+}  // namespace cuda
+
+void layer_step(const LayerStepParams& params, void* stream) {
+  switch (params.conv.dtype) {
+    case DType::bf16:
+      return cuda::launch<__nv_bfloat16>(params, stream);
+    case DType::f16:
+      return cuda::launch<__half>(params, stream);
+    case DType::f32:
+      return cuda::launch<float>(params, stream);
+    default:
+      throw std::runtime_error("inlay: mixed_qkv must be float32, bfloat16 or float16 on CUDA, got float64");
+  }
+}
+
+}  // namespace inlay::gdn
