@@ -142,7 +142,12 @@ __device__ inline uint32_t load_shared_word(uint32_t address) {
   return value;
 }
 
-// Copies 16 bytes in the background, or zeros.
+// Copies 16 bytes in the background.
+__device__ inline void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// The same, or zeros.
 __device__ inline void copy_async_or_zero(uint32_t shared, const void* global, bool wanted) {
   const int bytes = wanted ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");

@@ -65,22 +65,28 @@ struct TileSource {
 };
 
 // Fills a tile by `kThreads` threads, in the background where rows are aligned. Visible after the copies were waited
-// for and a barrier. Each thread keeps to one column, so that little is left to compute for each piece.
+// for and a barrier. Each thread keeps to one column; where nothing is missing, little is left to compute for a piece.
 template <int kThreads, typename T, int kRows, int kColumns>
-__device__ inline void fetch_tile(TileView<T, kRows, kColumns> tile, const TileSource<T>& source, unsigned thread) {
+__device__ __forceinline__ void fetch_tile(TileView<T, kRows, kColumns> tile, const TileSource<T>& source,
+                                           unsigned thread) {
   constexpr unsigned kPieces = kColumns / 8, kRowStep = kThreads / kPieces;
   static_assert(kThreads % kPieces == 0 && kRows % kRowStep == 0);
   const unsigned first_row = thread / kPieces, column = thread % kPieces * 8;
-  const unsigned rows = column < static_cast<unsigned>(max(source.columns, 0)) ? source.rows : 0;
   const T* from = source.first + first_row * source.row_stride + column;
   const int64_t step = kRowStep * source.row_stride;
-  if (source.aligned) {
-#pragma unroll 4  // more would keep too many addresses in registers
-    for (unsigned row = first_row; row < kRows; row += kRowStep, from += step) {
-      copy_async_or_zero(tile.address(row, column), from, row < rows);
+  if (source.aligned && source.rows == kRows && source.columns >= kColumns) {
+#pragma unroll
+    for (unsigned i = 0; i < kRows / kRowStep; ++i, from += step) {
+      copy_async(tile.address(first_row + i * kRowStep, column), from);
     }
-  } else {
-    for (unsigned row = first_row; row < kRows; row += kRowStep, from += step) {
+    return;
+  }
+  const unsigned rows = column < static_cast<unsigned>(max(source.columns, 0)) ? source.rows : 0;
+#pragma unroll 1
+  for (unsigned row = first_row; row < kRows; row += kRowStep, from += step) {
+    if (source.aligned) {
+      copy_async_or_zero(tile.address(row, column), from, row < rows);
+    } else {
       Packed<T, 8> piece{};
       if (row < rows) {
 #pragma unroll

@@ -169,20 +169,16 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
     float state_dot = 0.0f, value_dot = 0.0f;
     for (int slice = 0; slice < slices; ++slice) {
       const int index = i * slices + slice;
-      if (Memory::kStages == 1) {
-        fetch(index);
-        wait_for_copies<0>();
-      } else {
-        fetch(index + 1);
-        wait_for_copies<1>();
-      }
+      if (Memory::kStages == 1) fetch(index);
+      wait_for_copies<0>();
       if (slice == 0) {
         for (int j = thread; j < kFactors * kTokens; j += kGradientThreads) {
           factors[0][j] = p.chunk.prepared.factors[unit * (kFactors * kTokens) + j];
         }
       }
-      publish_shared();
+      publish_shared();  // before the next fetch, for which it would wait
       __syncthreads();
+      if (Memory::kStages > 1) fetch(index + 1);
       const uint32_t stage = base + Memory::kStagesAt + index % Memory::kStages * Memory::kStageBytes;
       const TileView<T, kSlice, kKeys> s_tile{stage}, g_tile{stage + Memory::kDStates};
       const TileView<T, kTokens, kSlice> do_tile{stage + Memory::kDout}, w_tile{stage + Memory::kW};
@@ -225,7 +221,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
       keep(u_g);
       keep(dscores);
       keep(dm);
-      if (slice + 1 < slices) __syncthreads();  // before the tiles are overwritten
+      if (Memory::kStages == 1 && slice + 1 < slices) __syncthreads();  // before the tiles are overwritten
     }
 
     Accumulator kk[4], qk[4];

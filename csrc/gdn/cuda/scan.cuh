@@ -138,6 +138,18 @@ struct ScanPlace {
     const int64_t token = sequence.begin + index * kChunk;
     return {sequence_number, sequence.batch, token, static_cast<int>(min(sequence.end - token, kChunk))};
   }
+  // The chunk's rows of a tensor whose rows for the sequence begin at `first`.
+  template <typename T>
+  __device__ TileSource<T> rows(const T* first, const TokenTensor& tensor, int64_t index, int columns,
+                                bool aligned) const {
+    const int64_t begin = index * kChunk;
+    return {first + begin * tensor.token_stride, tensor.token_stride,
+            static_cast<int>(min(sequence.end - sequence.begin - begin, kChunk)), columns, aligned};
+  }
+  template <typename T>
+  __device__ const T* first_row(const TokenTensor& tensor, int64_t of_head, int of_column) const {
+    return static_cast<const T*>(tensor.data) + tensor.offset(sequence.batch, sequence.begin, of_head) + of_column;
+  }
   // Of the chunk and value head, in memory for [chunk number][value head].
   __device__ int64_t unit(const Inputs& in, int64_t index) const {
     return (first_number + index) * in.value_heads + head;
@@ -146,12 +158,14 @@ struct ScanPlace {
 
 // The blocks of a [kTokens, kTokens] matrix on and below its diagonal.
 template <typename T>
-__device__ inline void fetch_lower(TileView<T, kTokens, kTokens> tile, const T* source, unsigned thread) {
+__device__ __forceinline__ void fetch_lower(TileView<T, kTokens, kTokens> tile, const T* source, unsigned thread) {
   constexpr unsigned kRowStep = kWarpgroup / 8;
-  const unsigned column = thread % 8 * 8;
-#pragma unroll 4
-  for (unsigned row = thread / 8; row < kTokens; row += kRowStep) {
-    if (column / 16 <= row / 16) copy_async_or_zero(tile.address(row, column), source + row * kTokens + column, true);
+  static_assert(kRowStep == 16);
+  const unsigned first_row = thread / 8, column = thread % 8 * 8;
+  source += first_row * kTokens + column;
+#pragma unroll
+  for (unsigned i = 0; i < kTokens / kRowStep; ++i) {
+    if (column / 16 <= i) copy_async(tile.address(first_row + i * kRowStep, column), source + i * kRowStep * kTokens);
   }
 }
 
@@ -166,7 +180,7 @@ __device__ inline void clear_upper(TileView<T, kTokens, kTokens> tile, unsigned 
 
 __device__ inline void fetch_factors(const float* shared, const float* source, unsigned thread) {
   for (unsigned i = thread; i < (kLogDecay + 1) * kTokens / 4; i += kWarpgroup) {
-    copy_async_or_zero(shared_address(shared) + i * 16, source + i * 4, true);
+    copy_async(shared_address(shared) + i * 16, source + i * 4);
   }
 }
 
@@ -174,10 +188,8 @@ __device__ inline void fetch_factors(const float* shared, const float* source, u
 template <class Team, int kStages, class Fetch>
 __device__ __forceinline__ void fetch_all(int64_t chunks, Fetch fetch) {
   constexpr int kUnderWay = kStages - 2;  // besides the last one
-  const auto publish = [](int64_t step) {
-    publish_shared();
-    arrive_at(Team::full(step % kStages), Team::kAll);
-  };
+  // No publish_shared(): it would wait for the copies under way too. The receivers call it.
+  const auto publish = [](int64_t step) { arrive_at(Team::full(step % kStages), Team::kAll); };
   for (int64_t step = 0; step < chunks; ++step) {
     if (step >= kStages) meet_at(Team::empty(step % kStages), Team::kAll);
     fetch(step, static_cast<int>(step % kStages));

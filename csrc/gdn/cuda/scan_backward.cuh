@@ -45,17 +45,18 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       clear_upper(Stage(memory, i).inverse, place.thread);
       clear_upper(Stage(memory, i).scores, place.thread);
     }
+    const bool aligned = p.chunk.aligned;
+    const T* const k = place.template first_row<T>(in.k, place.key_head, 0);
+    const T* const q = place.template first_row<T>(in.q, place.key_head, 0);
+    const T* const dout = place.template first_row<T>(p.dout, place.head, place.block_column);
     fetch_all<Team, Memory::kStages>(place.chunks, [&](int64_t step, int stage_number) {
       const Stage stage(memory, stage_number);
-      const Chunk chunk = place.chunk(last - step);
-      const int64_t unit = place.unit(in, last - step);
-      const bool aligned = p.chunk.aligned;
+      const int64_t index = last - step, unit = place.unit(in, index);
       const Prepared& prepared = p.chunk.prepared;
-      fetch_tile<kWarpgroup>(stage.keys, rows_of<T>(in.k, chunk, place.key_head, keys, aligned), place.thread);
-      fetch_tile<kWarpgroup>(stage.queries, rows_of<T>(in.q, chunk, place.key_head, keys, aligned), place.thread);
-      TileSource<T> dout = rows_of<T>(p.dout, chunk, place.head, values - place.block_column, aligned);
-      dout.first += place.block_column;
-      fetch_tile<kWarpgroup>(stage.values, dout, place.thread);
+      fetch_tile<kWarpgroup>(stage.keys, place.rows(k, in.k, index, keys, aligned), place.thread);
+      fetch_tile<kWarpgroup>(stage.queries, place.rows(q, in.q, index, keys, aligned), place.thread);
+      fetch_tile<kWarpgroup>(stage.values, place.rows(dout, p.dout, index, values - place.block_column, aligned),
+                             place.thread);
       fetch_lower(stage.inverse, static_cast<const T*>(prepared.inverse) + unit * kMatrix, place.thread);
       fetch_lower(stage.scores, static_cast<const T*>(prepared.scores) + unit * kMatrix, place.thread);
       fetch_factors(stage.factors, prepared.factors + unit * (kFactors * kTokens), place.thread);
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       const int stage_number = static_cast<int>(step % Memory::kStages);
       const Stage stage(memory, stage_number);
       meet_at(Team::full(stage_number), Team::kAll);
+      publish_shared();
 
       Accumulator du[kTokens / 8];  // the gradient of u
       {

@@ -38,19 +38,20 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       clear_upper(Stage(memory, i).inverse, place.thread);
       if constexpr (kOutputs) clear_upper(Stage(memory, i).scores, place.thread);
     }
+    const bool aligned = p.chunk.aligned;
+    const T* const k = place.template first_row<T>(in.k, place.key_head, 0);
+    const T* const q = place.template first_row<T>(in.q, place.key_head, 0);
+    const T* const v = place.template first_row<T>(in.v, place.head, place.block_column);
     fetch_all<Team, Memory::kStages>(place.chunks, [&](int64_t index, int stage_number) {
       const Stage stage(memory, stage_number);
-      const Chunk chunk = place.chunk(index);
       const int64_t unit = place.unit(in, index);
-      const bool aligned = p.chunk.aligned;
       const Prepared& prepared = p.chunk.prepared;
-      fetch_tile<kWarpgroup>(stage.keys, rows_of<T>(in.k, chunk, place.key_head, keys, aligned), place.thread);
-      TileSource<T> v = rows_of<T>(in.v, chunk, place.head, values - place.block_column, aligned);
-      v.first += place.block_column;
-      fetch_tile<kWarpgroup>(stage.values, v, place.thread);
+      fetch_tile<kWarpgroup>(stage.keys, place.rows(k, in.k, index, keys, aligned), place.thread);
+      fetch_tile<kWarpgroup>(stage.values, place.rows(v, in.v, index, values - place.block_column, aligned),
+                             place.thread);
       fetch_lower(stage.inverse, static_cast<const T*>(prepared.inverse) + unit * kMatrix, place.thread);
       if constexpr (kOutputs) {
-        fetch_tile<kWarpgroup>(stage.queries, rows_of<T>(in.q, chunk, place.key_head, keys, aligned), place.thread);
+        fetch_tile<kWarpgroup>(stage.queries, place.rows(q, in.q, index, keys, aligned), place.thread);
         fetch_lower(stage.scores, static_cast<const T*>(prepared.scores) + unit * kMatrix, place.thread);
       }
       fetch_factors(stage.factors, prepared.factors + unit * (kFactors * kTokens), place.thread);
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       const int stage_number = static_cast<int>(index % Memory::kStages);
       const Stage stage(memory, stage_number);
       meet_at(Team::full(stage_number), Team::kAll);
+      publish_shared();
 
       Accumulator read[kTokens / 8];
       {
@@ -138,6 +140,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       }
       const bool more = index + 1 < place.chunks;
       meet_at(Team::full(stage_number), Team::kAll);
+      publish_shared();
       meet_at(Team::state_ready(place.group), Team::kPair);
       if constexpr (kOutputs) {
         Accumulator o[kTokens / 8];
