@@ -23,7 +23,7 @@ def main(names: list[str]) -> None:
     for name in names or DTYPES:
         dtype = DTYPES[name]
         for key_dim, value_dim in HEADS:
-            for tokens in (1, 5, 20):
+            for tokens in (1, 20, 150):
                 for shift in (0, 1):  # of all rows, out of alignment
                     sizes = ((2, key_dim), (2, key_dim), (4, value_dim), (4,), (4,))
                     q, k, v, a, b = (
@@ -42,6 +42,8 @@ def main(names: list[str]) -> None:
                         inlay.gated_delta_rule(
                             q, k, v, g, beta, initial_state=states, cu_seqlens=offsets, output_final_state=True
                         )
+                        if dtype != torch.float32:  # else it is eager code
+                            gradients(q, k, v, g, beta, states, offsets)
                         every = state.new_empty(1, min(tokens, 16), 4, key_dim, value_dim)
                         inlay.gated_delta_step(
                             q[:, :16], k[:, :16], v[:, :16], g[:, :16], beta[:, :16], state, states_out=every
@@ -51,6 +53,15 @@ def main(names: list[str]) -> None:
         torch.cuda.synchronize()
         print(name, flush=True)
     print(f"{count} calls")
+
+
+def gradients(*inputs: torch.Tensor) -> None:
+    *leaves, offsets = inputs
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    o, final_state = inlay.gated_delta_rule(
+        *leaves[:5], initial_state=leaves[5], cu_seqlens=offsets, output_final_state=True, l2norm_qk=True
+    )
+    torch.autograd.backward([o, final_state], [torch.randn_like(o), torch.randn_like(final_state)])
 
 
 def layer_steps(dtype: torch.dtype) -> int:

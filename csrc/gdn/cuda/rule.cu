@@ -2,10 +2,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <array>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "common/cuda/launch.cuh"
 #include "gdn/cuda/chunk.h"
 #include "gdn/cuda/recurrent.h"
 #include "gdn/cuda/scratch.h"
@@ -14,14 +17,33 @@ namespace inlay::gdn {
 namespace cuda {
 namespace {
 
+using namespace inlay::cuda;
+
 bool has_16_bits(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+
+// Whether a block can have the shared memory that the kernels for chunks take.
+bool has_room_for_chunks() {
+  static std::array<std::atomic<int>, kMaxDevices> limits{};
+  const int device = current_device();
+  int limit = limits[device].load(std::memory_order_relaxed);
+  if (limit == 0) {
+    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    limits[device].store(limit, std::memory_order_relaxed);
+  }
+  return limit >= kChunkSharedBytes;
+}
 
 bool in_chunks(const ForwardParams& p) {
   // The matrix products are of 16-bit values. Lengths have no say: packed sequences are what they are alone.
-  return has_16_bits(p.inputs.q.dtype) && p.mode != Mode::recurrent;
+  return has_16_bits(p.inputs.q.dtype) && p.mode != Mode::recurrent && has_room_for_chunks();
 }
 
-void check_dtypes(const BackwardParams& p) {
+void check_backward(const BackwardParams& p) {
+  if (!has_room_for_chunks()) {
+    throw std::runtime_error(
+        "gated_delta_rule_bwd: q must be on a GPU of compute capability 9.0 or 10.0, whose blocks can have 227 KiB of"
+        " shared memory");
+  }
   const DType dtype = p.inputs.q.dtype;
   if (!has_16_bits(dtype)) {
     throw std::runtime_error(std::string("gated_delta_rule_bwd: q must be bfloat16 or float16 on CUDA, got ") +
@@ -53,7 +75,7 @@ int64_t scratch_elements(const ForwardParams& params) {
 }
 
 int64_t scratch_elements(const BackwardParams& params) {
-  cuda::check_dtypes(params);
+  cuda::check_backward(params);
   return cuda::BackwardScratch(params.inputs, nullptr).bytes / 4;
 }
 

@@ -11,6 +11,7 @@
 
 #include "common/cuda/barrier.cuh"
 #include "gdn/cuda/chunk.cuh"
+#include "gdn/cuda/chunk.h"
 #include "gdn/cuda/state.cuh"
 
 namespace inlay::gdn::cuda {
@@ -56,7 +57,7 @@ struct ScanMemory {
   static constexpr int kValuesAt = kMatrixAt + kMatrices * Matrix::kBytes;
   static constexpr int kStageBytes = kValuesAt + Values::kBytes;
   static constexpr int kGroupBytes = Rows::kBytes + kPassed * Matrix::kBytes;
-  static constexpr int kMost = 227 * 1024;
+  static constexpr int kMost = kChunkSharedBytes;
   static constexpr int kStages = 3 * (kStageBytes + kFactorBytes) + kGroups * kGroupBytes <= kMost ? 3 : 2;
   static constexpr int kGroupsAt = kStages * kStageBytes;
   static constexpr int kFactorsAt = kGroupsAt + kGroups * kGroupBytes;

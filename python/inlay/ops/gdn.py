@@ -55,6 +55,7 @@ class Mode(IntEnum):
 _MODE = {mode.name.lower(): int(mode) for mode in Mode}
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
+_CHUNK_SHARED_BYTES = 227 * 1024
 _MAX_STEP_TOKENS = 16
 
 _ops = _load.namespace()
@@ -71,9 +72,16 @@ def _has_kernel(q: Tensor, mode: str, needs_grad: bool) -> bool:
 
     On CUDA the kernels for chunks, and so the backward, are for 16-bit values, which tensor cores multiply.
     """
-    if q.device.type != "cuda" or q.dtype != torch.float32:
+    if q.device.type != "cuda" or (q.dtype != torch.float32 and _has_room_for_chunks(q.device)):
         return True
     return not needs_grad and mode != "chunk"
+
+
+@torch.compiler.assume_constant_result
+def _has_room_for_chunks(device: torch.device) -> bool:
+    """Whether a block of the GPU can have the shared memory that the kernels for chunks take: on compute capability
+    9.0 and 10.0 it can. The native side looks at the same number."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _CHUNK_SHARED_BYTES
 
 
 def gdn_gates(
