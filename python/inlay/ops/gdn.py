@@ -55,7 +55,7 @@ class Mode(IntEnum):
 _MODE = {mode.name.lower(): int(mode) for mode in Mode}
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
-_MAX_STEP_TOKENS = 16
+MAX_STEP_TOKENS = 16  # as in csrc/gdn/params.h
 
 _ops = _load.namespace()
 _gdn_gates = _ops.gdn_gates.default
@@ -393,8 +393,8 @@ def _check_step(
     op = "gated_delta_step"
     _check_tokens(op, q, k, v, g, beta)
     batch, tokens = q.shape[:2]
-    if not 1 <= tokens <= _MAX_STEP_TOKENS:
-        raise ValueError(f"{op}: q must have 1 to {_MAX_STEP_TOKENS} tokens, got {tokens}")
+    if not 1 <= tokens <= MAX_STEP_TOKENS:
+        raise ValueError(f"{op}: q must have 1 to {MAX_STEP_TOKENS} tokens, got {tokens}")
     matrices = (v.shape[2], q.shape[3], v.shape[3])
     _check_state(op, "state", state, (batch, *matrices), "N, Hv, K, V", q, "q")
     _check_no_overlap(op, state)
@@ -424,8 +424,8 @@ def _check_layer_step(
     if mixed_qkv.dim() != 3:
         raise ValueError(f"{op}: mixed_qkv must have shape [B, T, C], got {list(mixed_qkv.shape)}")
     batch, tokens, channels = mixed_qkv.shape
-    if not 1 <= tokens <= _MAX_STEP_TOKENS:
-        raise ValueError(f"{op}: mixed_qkv must have 1 to {_MAX_STEP_TOKENS} tokens, got {tokens}")
+    if not 1 <= tokens <= MAX_STEP_TOKENS:
+        raise ValueError(f"{op}: mixed_qkv must have 1 to {MAX_STEP_TOKENS} tokens, got {tokens}")
     checks.given(op, "z", z)
     checks.on_device(op, "z", z, mixed_qkv, of=of)
     checks.activations(op, "z", z)
