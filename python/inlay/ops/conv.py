@@ -42,7 +42,7 @@ from torch.autograd.function import once_differentiable
 
 from inlay import _load
 from inlay.ops import _checks as checks
-from inlay.ops._autograd import Function
+from inlay.ops._autograd import Function, changed_in_place
 
 
 class Activation(IntEnum):
@@ -142,8 +142,7 @@ def causal_conv1d_step(
         _check_convolution("causal_conv1d_step", x, weight, bias, activation, step=True)
         _check_state("causal_conv1d_step", x, state, weight, state_indices)
         raise
-    if not torch.compiler.is_compiling() and not state.is_inference():
-        torch.autograd.graph.increment_version(state)  # compiled code writes the state back by a copy, which counts
+    changed_in_place(state)
     return y
 
 

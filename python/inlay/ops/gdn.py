@@ -40,7 +40,7 @@ from torch import Tensor
 
 from inlay import _load, reference
 from inlay.ops import _checks as checks
-from inlay.ops._autograd import Function
+from inlay.ops._autograd import Function, changed_in_place
 from inlay.ops.conv import MAX_WIDTH, MIN_WIDTH
 
 
@@ -214,10 +214,12 @@ def gated_delta_step(
                 ' use gated_delta_rule(mode="recurrent"), or torch.no_grad()'
             )
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return _step(q, k, v, g, beta, state, states_out, scale, l2norm_qk)
+        o = _step(q, k, v, g, beta, state, states_out, scale, l2norm_qk)
     except Exception:
         _check_step(q, k, v, g, beta, state, states_out)
         raise
+    changed_in_place(state, states_out)
+    return o
 
 
 def gdn_layer_step(
@@ -281,10 +283,12 @@ def gdn_layer_step(
                 "gdn_layer_step: no tensor must require gradients, as the states are overwritten; use torch.no_grad(),"
                 " or causal_conv1d, gdn_gates, gated_delta_rule and gated_rms_norm"
             )
-        return _layer_step(*arguments)
+        y = _layer_step(*arguments)
     except Exception:
         _check_layer_step(*arguments[:12])
         raise
+    changed_in_place(conv_state, state)
+    return y
 
 
 class _GdnGates(Function):
