@@ -381,7 +381,7 @@ def _check_rule(
     checks.choice(op, "mode", mode, _MODE)
     sequences = q.shape[0]
     if cu_seqlens is not None:
-        _check_offsets(op, cu_seqlens, q)
+        checks.offsets(op, "cu_seqlens", cu_seqlens, q, of="q")
         sequences = cu_seqlens.shape[0] - 1
     allowed = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
     if initial_state is not None:
@@ -550,25 +550,6 @@ def _check_no_overlap(op: str, state: Tensor) -> None:
             f"{op}: state must not overlap itself: a dense [Hv, K, V] for each of the batch, got strides"
             f" {list(state.stride())}"
         )
-
-
-def _check_offsets(op: str, cu_seqlens: Tensor, q: Tensor) -> None:
-    checks.given(op, "cu_seqlens", cu_seqlens)
-    checks.dtype(op, "cu_seqlens", cu_seqlens.dtype, (torch.int32, torch.int64))
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens must have shape [N + 1], got {list(cu_seqlens.shape)}")
-    if not cu_seqlens.is_contiguous():
-        raise ValueError(f"{op}: cu_seqlens must be contiguous, got strides {list(cu_seqlens.stride())}")
-    if q.shape[0] != 1:
-        raise ValueError(f"{op}: q must have a batch of 1 with cu_seqlens, got {q.shape[0]}")
-    checks.on_device(op, "cu_seqlens", cu_seqlens, q, of="q")
-    if cu_seqlens.device.type == "cpu":
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != q.shape[1] or offsets != sorted(offsets):
-            raise ValueError(
-                f"{op}: cu_seqlens must not decrease and lead from 0 to the number of tokens {q.shape[1]},"
-                f" got {offsets}"
-            )
 
 
 @torch.library.register_fake("inlay::gdn_gates")
