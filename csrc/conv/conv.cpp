@@ -53,7 +53,7 @@ void fill_convolution(const TensorInfo& x, const Tensor& weight, const OptionalT
   if (cu_seqlens) {
     p.sequences.boundaries = index_tensor(op, "cu_seqlens", *cu_seqlens, x);
     p.sequences.count = p.sequences.boundaries.size - 1;
-    INLAY_CHECK(p.batch == 1, op, ": x must have a batch size of 1 with cu_seqlens, got ", p.batch);
+    INLAY_CHECK(p.batch == 1, op, ": x must have a batch of 1 with cu_seqlens, got ", p.batch);
     INLAY_CHECK(p.sequences.count >= 1, op, ": cu_seqlens must have at least 2 elements, got ", p.sequences.count + 1);
   }
   if (initial_state) p.initial_state = state_like(TensorInfo(op, "initial_state", *initial_state), x, p);

@@ -19,7 +19,7 @@ struct Sequences {
   int64_t count = 0;
   int64_t time = 0;  // tokens of a batch row
 
-  // Whatever the boundaries say, nothing outside of [0, time) is touched: their values are never checked on the host.
+  // Whatever the boundaries say, nothing outside of [0, time) is touched: their values are checked on the CPU alone.
   INLAY_HOST_DEVICE int64_t boundary(int64_t i) const {
     const int64_t value = boundaries[i];
     return value < 0 ? 0 : value > time ? time : value;

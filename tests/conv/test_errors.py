@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -48,6 +50,13 @@ BAD_INDICES = [
     (torch.tensor([0, 1], device="meta"), ValueError, "must be on x's device cpu, got meta"),
     (torch.tensor([0, 1, 1, 2])[::2], ValueError, "must have stride 1"),
 ]
+BAD_OFFSETS = [
+    ([0, 6], TypeError, "must be a Tensor, got list"),
+    (torch.tensor([0.0, 6.0]), ValueError, r"must be int32 or int64, got torch\.float32"),
+    (torch.tensor([[0, 6]]), ValueError, r"must have shape \[N \+ 1\], got \[1, 2\]"),
+    (torch.tensor([0, 1, 6, 6])[::2], ValueError, r"must be contiguous, got strides \[2\]"),
+]
+WRONG_OFFSETS = [[1, 6], [0, 5], [0, 7], [0, 4, 2, 6], [0, -(2**40), 6], [6]]
 
 
 def convolution() -> dict[str, torch.Tensor]:
@@ -71,7 +80,7 @@ CASES = {
                 (torch.ones(3, 8, 3), ValueError, r"must have shape \[2, 8, 3\], got \[3, 8, 3\]"),
                 (torch.ones(2, 8, 4), ValueError, r"must have shape \[2, 8, 3\], got \[2, 8, 4\]"),
             ],
-            "cu_seqlens": BAD_INDICES,
+            "cu_seqlens": BAD_OFFSETS,
         },
     ),
     inlay.causal_conv1d_step: (
@@ -115,15 +124,24 @@ def test_no_dense_dimension():
 
 
 def test_packed_batches():
-    with pytest.raises(ValueError, match="x must have a batch size of 1 with cu_seqlens, got 2"):
+    with pytest.raises(ValueError, match="x must have a batch of 1 with cu_seqlens, got 2"):
         inlay.causal_conv1d(**convolution(), cu_seqlens=torch.tensor([0, 6]))
+    row = {**convolution(), "x": torch.randn(1, 6, 8)}
+    with pytest.raises(ValueError, match="cu_seqlens must be on x's device cpu, got meta"):
+        inlay.causal_conv1d(**row, cu_seqlens=torch.tensor([0, 6], device="meta"))
     with pytest.raises(ValueError, match="cu_seqlens must have at least 2 elements, got 1"):
-        inlay.causal_conv1d(torch.randn(1, 6, 8), torch.randn(8, 4), cu_seqlens=torch.tensor([6]))
+        inlay.causal_conv1d(row["x"][:, :0], row["weight"], cu_seqlens=torch.tensor([0]))
     with pytest.raises(ValueError, match=r"initial_state must have shape \[3, 8, 3\], got \[1, 8, 3\]"):
-        inlay.causal_conv1d(
-            torch.randn(1, 6, 8), torch.randn(8, 4), initial_state=torch.randn(1, 8, 3),
-            cu_seqlens=torch.tensor([0, 1, 2, 6]),
-        )  # fmt: skip
+        inlay.causal_conv1d(**row, initial_state=torch.randn(1, 8, 3), cu_seqlens=torch.tensor([0, 1, 2, 6]))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("values", WRONG_OFFSETS, ids=str)
+def test_values_of_boundaries_on_the_cpu(values, needs_grad):
+    x, weight = torch.randn(1, 6, 8, requires_grad=needs_grad), torch.randn(8, 4)
+    rule = "causal_conv1d: cu_seqlens must not decrease and lead from 0 to the number of tokens 6"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{rule}, got {values}')}$"):
+        inlay.causal_conv1d(x, weight, cu_seqlens=torch.tensor(values))
 
 
 def test_meta_tensors_give_meta_results():
@@ -179,7 +197,7 @@ RAW = [
     ("causal_conv1d", FORWARD, {"bias": torch.ones(7)}, r"bias must have shape \[8\]"),
     ("causal_conv1d", FORWARD, {"initial_state": torch.ones(2, 8, 4)}, r"initial_state must have shape \[2, 8, 3\]"),
     ("causal_conv1d", FORWARD, {"initial_state": torch.ones(2, 8, 3).half()}, "initial_state must be float32"),
-    ("causal_conv1d", FORWARD, {"cu_seqlens": torch.tensor([0, 6])}, "x must have a batch size of 1 with cu_seqlens"),
+    ("causal_conv1d", FORWARD, {"cu_seqlens": torch.tensor([0, 6])}, "x must have a batch of 1 with cu_seqlens"),
     ("causal_conv1d", FORWARD, {"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens must be int32 or int64"),
     ("causal_conv1d", FORWARD, {"cu_seqlens": torch.tensor([[0, 6]])}, "cu_seqlens must have 1 dimension, got 2"),
     ("causal_conv1d", FORWARD, {"cu_seqlens": torch.tensor([0, 1, 6])[::2]}, "cu_seqlens must have stride 1, got 2"),
@@ -221,3 +239,24 @@ def test_raw_ops_refuse_two_devices():
     tensors = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in FORWARD.items()}
     with pytest.raises(RuntimeError, match="causal_conv1d: weight must be on x's device"):
         torch.ops.inlay.causal_conv1d(**{**tensors, "weight": torch.ones(8, 4)})
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([1, 6], "start with 0, got 1"),
+        ([0, 4, 2, 6], "not decrease, got 2 after 4"),
+        ([0, 7], "end with the number of tokens 6, got 7"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["causal_conv1d", "causal_conv1d_bwd"])
+def test_raw_ops_look_at_boundaries_on_the_cpu(op, values, text):
+    changes = {"x": torch.randn(1, 6, 8), "initial_state": None, "cu_seqlens": torch.tensor(values)}
+    if op == "causal_conv1d":
+        arguments = {**FORWARD, **changes}
+    else:
+        row = {"dy": torch.randn(1, 6, 8), "dfinal_state": None, "needs_dinitial_state": False}
+        arguments = {**BACKWARD, **changes, **row}
+    with pytest.raises(RuntimeError, match=f"{op}: cu_seqlens must {text}"):
+        getattr(torch.ops.inlay, op)(**arguments)

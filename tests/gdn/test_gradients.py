@@ -90,6 +90,34 @@ def test_one_of_two_outputs_used(case, used, device):
     check_gradients(case, tensors, (zeros, douts[1]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(beta=0.005),
+        Case(beta=0.005, gates="zero"),
+        Case(gates="strong"),
+        Case(beta=0.005, value_heads=4, options={"l2norm_qk": True}),
+    ],
+    ids=str,
+)
+def test_gradients_through_a_norm(case, dtype, device):
+    """Of a norm's input, to which its length makes no difference, the gradient is orthogonal to it, token by token.
+
+    Where little is written, a gate changes little but o's lengths, for it scales nearly all that later tokens are
+    answered with. Its own gradient is then what is left when each token's term, <do, do's derivative by the gate>, has
+    cancelled: a hundredth of what any other do of this size leads to, which is what rounding errors are in proportion
+    to. They come from each term by itself, and know nothing of the direction in which the exact terms add up to
+    nothing. (Strong gates do the same to q, k and beta, which scale the one token that is left.)
+    """
+    tensors = case.inputs(dtype, device)
+    o = case.run(inlay, tensors)[0].double()
+    anything = torch.randn_like(o)
+    orthogonal = anything - o * ((anything * o).sum(-1, keepdim=True) / o.square().sum(-1, keepdim=True))
+    check_gradients(case, tensors, (orthogonal.to(dtype), None), like=(anything, None))
+
+
 @pytest.mark.parametrize("strength", [-1e3, -torch.inf])
 def test_gates_that_forget_everything(strength, device):
     case = Case(tokens=100, batch=1)

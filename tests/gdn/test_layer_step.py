@@ -217,6 +217,18 @@ def test_a_wanted_gradient_is_refused(name, device):
         case.run(inlay, tensors)
 
 
+@pytest.mark.parametrize("name", STATES)
+def test_autograd_notices_that_a_saved_state_was_changed(name, device):
+    """The states' versions go up, as for any in-place operation."""
+    case = LayerCase()
+    tensors = case.inputs(torch.float32, device)
+    factor = torch.ones((), device=device, requires_grad=True)
+    product = factor * tensors[name]
+    case.run(inlay, tensors)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("model", ["qwen3_5", "qwen3_next"])
 def test_hugging_face_layer(model, dtype, device):

@@ -154,3 +154,24 @@ def test_a_wanted_gradient_is_refused(device):
         inlay.gated_delta_step(*tensors.values())
     with torch.no_grad():
         inlay.gated_delta_step(*tensors.values())
+
+
+@pytest.mark.parametrize("saved", ["state", "states_out"])
+def test_autograd_notices_that_a_saved_state_was_changed(saved, device):
+    """The versions go up, as for any in-place operation."""
+    tensors = inputs(Case(), 3, torch.float32, device)
+    state = tensors["initial_state"]
+    states_out = torch.zeros(state.shape[0], 3, *state.shape[1:], device=device)
+    factor = torch.ones((), device=device, requires_grad=True)
+    product = factor * (state if saved == "state" else states_out)
+    step(inlay, Case(), tensors, state, states_out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@torch.inference_mode()
+def test_states_made_in_inference_mode(device):
+    tensors = inputs(Case(), 1, torch.float32, device)
+    before = tensors["initial_state"].clone()
+    step(inlay, Case(), tensors, tensors["initial_state"])
+    assert not torch.equal(tensors["initial_state"], before)

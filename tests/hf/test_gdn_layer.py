@@ -195,9 +195,10 @@ def test_autocast_training(family: str, device: str) -> None:
     inlay.patch(layer, strict=True, ops=["gdn_layer"])
     patched = results(layer, True)
     assert patched[0].dtype == eager[0].dtype
+    factor = 2 if device == "cpu" else 3  # there the rule's products are of bfloat16 values, which eager code's are not
     for ours, theirs, truth in zip(patched, eager, exact, strict=True):
-        error, budget = (ours.float() - truth).norm(), 2 * (theirs.float() - truth).norm() + 1e-2 * truth.norm()
-        assert error <= budget
+        error, eager_error = (ours.float() - truth).norm(), (theirs.float() - truth).norm()
+        assert error <= factor * eager_error + 1e-2 * truth.norm()
 
 
 @families

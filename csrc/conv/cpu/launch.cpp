@@ -7,6 +7,7 @@
 
 #include "common/cpu/isa.h"
 #include "common/cpu/memory.h"
+#include "common/cpu/offsets.h"
 #include "conv/cpu/kernels.h"
 
 namespace inlay::conv {
@@ -37,6 +38,11 @@ bool prepare_output(void* data, DType dtype, int64_t elements) {
   const int64_t bytes = elements * size_of(dtype);
   cpu::prefer_huge_pages(data, bytes);
   return bytes > cpu::last_level_cache_bytes() / 2;
+}
+
+void check_offsets(const char* op, const Sequences& sequences) {
+  if (!sequences.boundaries.data) return;
+  cpu::check_offsets(op, sequences.count, sequences.time, [&](int64_t i) { return sequences.boundaries[i]; });
 }
 
 // Splits `pieces` of about `elements` each; body(begin, end, scratch) has memory of its own.
@@ -80,6 +86,7 @@ void copy_final_states(const ForwardParams& p) {
 }  // namespace
 
 void forward(const ForwardParams& p, void*) {
+  check_offsets("causal_conv1d", p.sequences);
   const Kernels& kernels = kernels_for(p.dtype);
   const bool stream = prepare_output(p.y.data, p.dtype, p.batch * p.time * p.channels);
   const int64_t tiles = p.batch * token_tiles(p.time);
@@ -107,6 +114,7 @@ int64_t partial_rows(const BackwardParams& p) {
 }
 
 void backward(const BackwardParams& p, void*) {
+  check_offsets("causal_conv1d_bwd", p.sequences);
   const Kernels& kernels = kernels_for(p.dtype);
   const int64_t tokens = p.batch * p.time;
   const bool stream = prepare_output(p.dx.data, p.dtype, tokens * p.channels);

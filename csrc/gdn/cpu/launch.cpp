@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
-#include "common/check.h"
 #include "common/cpu/isa.h"
 #include "common/cpu/matrix.h"
 #include "common/cpu/memory.h"
+#include "common/cpu/offsets.h"
 #include "gdn/cpu/kernels.h"
 
 namespace inlay::gdn {
@@ -34,15 +34,7 @@ const Kernels& kernels_for(DType dtype) {
 
 void check_offsets(const char* op, const Sequences& sequences) {
   if (!sequences.offsets) return;
-  int64_t previous = 0;
-  for (int64_t i = 0; i <= sequences.count; ++i) {
-    const int64_t offset = sequences.raw_offset(i);
-    INLAY_CHECK(i > 0 || offset == 0, op, ": cu_seqlens must start with 0, got ", offset);
-    INLAY_CHECK(offset >= previous, op, ": cu_seqlens must not decrease, got ", offset, " after ", previous);
-    previous = offset;
-  }
-  INLAY_CHECK(previous == sequences.tokens, op, ": cu_seqlens must end with the number of tokens ", sequences.tokens,
-              ", got ", previous);
+  cpu::check_offsets(op, sequences.count, sequences.tokens, [&](int64_t i) { return sequences.raw_offset(i); });
 }
 
 // Columns a task takes: all of them, or fewer where there are more threads than heads. Columns do not see each other,

@@ -8,7 +8,8 @@ work); between them
     o, S    = gated_delta_rule(q, k, v, g, beta, S)      q and k normalised, S the recurrent state
     y       = norm(o, z)
 
-with q, k and v as slices of the convolution's result, read in place, and key heads shared, not repeated.
+with q, k and v as slices of the convolution's result, read in place, and key heads shared, not repeated. The next few
+tokens of sequences in a cache take one op for all of it, :func:`~inlay.ops.gdn.gdn_layer_step`, where that is the same.
 
 A cache holds two tensors a layer, which keep their addresses: the last W inputs of the convolution [B, C, W], and the
 recurrent state [B, Hv, K, V].
@@ -23,13 +24,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from inlay.hf import norms
 from inlay.hf.gdn_recognise import GdnSpec
+from inlay.hf.recognise import NormSpec, Setting
 from inlay.ops import _checks as checks
 from inlay.ops._packing import sequence_offsets
 from inlay.ops.conv import causal_conv1d, causal_conv1d_step
-from inlay.ops.gdn import gated_delta_rule, gated_delta_step, gdn_gates
+from inlay.ops.gdn import MAX_STEP_TOKENS, gated_delta_rule, gated_delta_step, gdn_gates, gdn_layer_step
 
-_MAX_STEP_TOKENS = 16  # as gated_delta_step takes
+# The norm that gdn_layer_step computes.
+_NORM_OF_STEP = Setting(
+    "gated_rms_norm", {"weight_offset": 0.0, "rounding": "stepwise", "activation": "silu", "norm_before_gate": True}
+)
 
 
 class Packing(NamedTuple):
@@ -76,7 +82,7 @@ def run(
     states = None if cache is None else states_in(cache, layer.layer_idx)
     cu_seqlens = packing.offsets()
     if states is not None and cu_seqlens is None and _can_step(layer, projected, states):
-        y = _step(layer, projected, *states)
+        y = _step(layer, spec, projected, *states)
     else:
         y = _sequences(layer, projected, cache, states, cu_seqlens)
     return layer.out_proj(y.reshape(*hidden_states.shape[:2], -1))
@@ -100,13 +106,14 @@ def _project(layer: Any, spec: GdnSpec, hidden_states: Tensor) -> _Projected:
     q, k, v, z, b, a = layer.fix_query_key_value_ordering(
         layer.in_proj_qkvz(hidden_states), layer.in_proj_ba(hidden_states)
     )
-    return _Projected(torch.cat([x.flatten(2) for x in (q, k, v)], -1), z, b, a)
+    # With as many key heads as value heads, b and a are every other column of their projection.
+    return _Projected(torch.cat([x.flatten(2) for x in (q, k, v)], -1), z, b.contiguous(), a.contiguous())
 
 
 def _can_step(layer: Any, projected: _Projected, states: tuple[Tensor, Tensor]) -> bool:
     """Whether the states may be updated in place: for a few tokens, and no gradients."""
     return (
-        1 <= projected.qkv.shape[1] <= _MAX_STEP_TOKENS
+        1 <= projected.qkv.shape[1] <= MAX_STEP_TOKENS
         and states[0].dtype == projected.qkv.dtype
         and not _needs_grad(layer, projected, states)
     )
@@ -117,16 +124,37 @@ def _needs_grad(layer: Any, projected: _Projected, states: tuple[Tensor, Tensor]
     return checks.needs_grad(*projected, *vectors, *(states or ()))
 
 
-def _step(layer: Any, projected: _Projected, conv_state: Tensor, recurrent_state: Tensor) -> Tensor:
-    """Decoding: the next tokens, with both states updated in place.
-
-    This is where one op for all of it, from the projections' results to the normalised output, takes over.
-    """
+def _step(layer: Any, spec: GdnSpec, projected: _Projected, conv_state: Tensor, recurrent_state: Tensor) -> Tensor:
+    """Decoding: the next tokens, with both states updated in place."""
     qkv, z, b, a = projected
-    mixed = causal_conv1d_step(qkv, conv_state, layer.conv1d.weight, layer.conv1d.bias, activation="silu")
+    conv = layer.conv1d
+    norm = _norm_within_step(layer, spec.norm, projected)
+    if norm is not None:
+        weight, eps = norm
+        return gdn_layer_step(
+            qkv, z, a, b, conv.weight, conv.bias, layer.A_log, layer.dt_bias, weight, conv_state, recurrent_state,
+            key_heads=layer.num_k_heads, eps=eps,
+        )  # fmt: skip
+    mixed = causal_conv1d_step(qkv, conv_state, conv.weight, conv.bias, activation="silu")
     g, beta = gdn_gates(a, b, layer.A_log, layer.dt_bias)
     o = gated_delta_step(*_heads(layer, mixed), g, beta, recurrent_state, l2norm_qk=True)
     return _normalised(layer, o, z)
+
+
+def _norm_within_step(layer: Any, spec: NormSpec | None, projected: _Projected) -> tuple[Tensor, float] | None:
+    """The norm's weight and eps, where gdn_layer_step may compute the norm too; None where its module has to be called.
+
+    As with a norm that is fused with the residual add, the module's own counter then does not move: the layer's does.
+    """
+    norm, z = layer.norm, projected.z
+    if spec is None or norms.call_reason(norm, spec) is not None:
+        return None
+    if z.dtype != projected.qkv.dtype or z.stride(-1) != 1:
+        return None
+    (weight, bias), eps = norms.vectors(norm, spec), getattr(norm, spec.eps)
+    if weight is None or bias is not None or eps is None or checks.needs_grad(weight):
+        return None
+    return (weight, eps) if norms.setting_for(spec, z, weight, bias, z) == _NORM_OF_STEP else None
 
 
 def _sequences(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.hf.recognise import NormSpec
+from inlay.hf.recognise import recognise as recognise_norm
 from inlay.hf.rewrite import with_eager_functions
 
 _PARTS = {"conv1d", "norm", "out_proj"}
@@ -34,9 +36,11 @@ class GdnSpec:
 
     Attributes:
         grouped: q, k, v and z come from one projection, grouped by key head (Qwen3-Next), not from one and one more.
+        norm: what the layer's gated norm computes; None if that is not known.
     """
 
     grouped: bool
+    norm: NormSpec | None = None
 
     def __deepcopy__(self, memo: dict) -> GdnSpec:
         return self
@@ -45,7 +49,7 @@ class GdnSpec:
 _known: dict[tuple, GdnSpec | str] = {}
 
 
-def recognise(module: nn.Module) -> GdnSpec | str | None:
+def recognise(module: Any) -> GdnSpec | str | None:
     """The layer's spec; or why it has none although it looks like a layer; or None if it does not look like one."""
     children = set(module._modules)
     has_parts = children in (_PARTS | _SEPARATE, _PARTS | _GROUPED)
@@ -56,6 +60,13 @@ def recognise(module: nn.Module) -> GdnSpec | str | None:
     reason = _structural_reason(module, grouped)
     if reason is not None:
         return reason
+    spec = _computed(module, grouped)
+    norm = recognise_norm(module.norm)
+    return replace(spec, norm=norm) if isinstance(spec, GdnSpec) and isinstance(norm, NormSpec) else spec
+
+
+def _computed(module: Any, grouped: bool) -> GdnSpec | str:
+    """What the experiment says about modules like this one; it is made once."""
     key = _key(module)
     try:
         spec = _known.get(key)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -130,6 +132,31 @@ def device_reason(x: Tensor) -> str | None:
     if not _CUDA_LIBRARY.loaded:
         return f"no CUDA kernels: {_CUDA_LIBRARY.reason}"
     return "no CUDA kernels for float64" if x.dtype == torch.float64 else None
+
+
+def call_reason(module: nn.Module, spec: NormSpec) -> str | None:
+    """Why the norm has to be called as a module for all that belongs to it to run; None: another op may compute it."""
+    if type(module) is not spec.cls:
+        return f"it is a {type(module).__name__} now"
+    # What torch.compile of torch 2.11 understands: neither getattr(method, "__func__", None) nor a function in a tuple.
+    own = module.forward
+    function = own.__func__ if isinstance(own, MethodType) else None
+    if function is not forward and function is not spec.cls.forward:
+        return "its forward is wrapped"
+    return "it has hooks" if _has_hooks(module) else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def context_reason(spec: NormSpec, x: Tensor) -> str | None:

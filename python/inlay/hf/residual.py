@@ -22,12 +22,10 @@ import ast
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from inlay.hf import norms
 from inlay.hf.binding import Plan, binding_of
@@ -74,15 +72,9 @@ def add_norm(layer: nn.Module, name: str, a: Tensor, b: Tensor) -> tuple[Tensor,
 
 def _setting(norm: nn.Module, spec: NormSpec, a: Any, b: Any) -> Setting | str:
     """How to compute the norm together with the add, or why it has to be called as a module."""
-    if type(norm) is not spec.cls:
-        return f"it is a {type(norm).__name__} now"
-    # What torch.compile of torch 2.11 understands: neither getattr(method, "__func__", None) nor a function in a tuple.
-    own = norm.forward
-    function = own.__func__ if isinstance(own, MethodType) else None
-    if function is not norms.forward and function is not spec.cls.forward:
-        return "its forward is wrapped"
-    if _has_hooks(norm):
-        return "it has hooks"
+    reason = norms.call_reason(norm, spec)
+    if reason is not None:
+        return reason
     if type(a) is not Tensor or type(b) is not Tensor:
         return f"adds a {type(a).__name__} and a {type(b).__name__}"
     if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
@@ -93,19 +85,6 @@ def _setting(norm: nn.Module, spec: NormSpec, a: Any, b: Any) -> Setting | str:
     if isinstance(setting, Setting) and setting.widen:
         return "its result is wider than the residual"
     return setting
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
 
 
 @functools.cache

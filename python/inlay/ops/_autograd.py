@@ -1,4 +1,4 @@
-"""The base of the ops' autograd functions."""
+"""What the ops share of autograd: the base of their functions, and the versions of what they change in place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
@@ -22,6 +23,18 @@ class Function(torch.autograd.Function):
         super().__init_subclass__(**keywords)
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
         cls.backward = staticmethod(_refusing_second_derivatives(cls.backward))  # type: ignore[method-assign]
+
+
+def changed_in_place(*tensors: Tensor | None) -> None:
+    """Counts a change that native code has made, so that a backward for which a tensor was saved before it is refused.
+
+    Compiled code writes such tensors back by a copy, which counts by itself; inference tensors have no version.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _refusing_second_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -97,6 +97,28 @@ def indices(op: str, argument: str, tensor: Tensor | None, x: Tensor) -> None:
     _dense_rows(op, argument, tensor)
 
 
+def offsets(op: str, argument: str, tensor: Tensor, x: Tensor, of: str = "x") -> None:
+    """[N + 1] offsets of the sequences packed into the one batch row of x [B, T, ...], which the op calls ``of``.
+
+    Their values are looked at on the CPU alone: elsewhere that would wait for the device.
+    """
+    given(op, argument, tensor)
+    dtype(op, argument, tensor.dtype, (torch.int32, torch.int64))
+    if tensor.dim() != 1 or tensor.shape[0] < 1:
+        raise ValueError(f"{op}: {argument} must have shape [N + 1], got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {argument} must be contiguous, got strides {list(tensor.stride())}")
+    if x.shape[0] != 1:
+        raise ValueError(f"{op}: {of} must have a batch of 1 with {argument}, got {x.shape[0]}")
+    on_device(op, argument, tensor, x, of)
+    if tensor.device.type == "cpu":
+        values = tensor.tolist()
+        if values[0] != 0 or values[-1] != x.shape[1] or values != sorted(values):
+            raise ValueError(
+                f"{op}: {argument} must not decrease and lead from 0 to the number of tokens {x.shape[1]}, got {values}"
+            )
+
+
 def choice(op: str, argument: str, value: Any, choices: Mapping[Any, _Value]) -> _Value:
     try:
         return choices[value]

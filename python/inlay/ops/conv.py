@@ -18,8 +18,9 @@ any strides elsewhere. y and x's gradient are dense in the same order.
 
 **Packed sequences.** ``cu_seqlens`` [N + 1] marks off N sequences in the only batch row: sequence n is tokens
 ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``. It starts at 0, does not decrease, and ends at T; a sequence may be
-empty. The values are read on the device alone, without a check. Results equal those of separate calls bit for bit, but
-for the gradients of weight and bias, which are sums over all tokens.
+empty. Values are checked on the CPU alone: elsewhere that would wait for the device, and wrong ones give wrong results
+from within the tensors. Results equal those of separate calls bit for bit, but for the gradients of weight and bias,
+which are sums over all tokens.
 
 Sources: the function ``causal_conv1d_fn`` of ``transformers.models.qwen3_next.modeling_qwen3_next``, the package
 https://github.com/Dao-AILab/causal-conv1d, Mamba https://arxiv.org/abs/2312.00752.
@@ -42,7 +43,7 @@ from torch.autograd.function import once_differentiable
 
 from inlay import _load
 from inlay.ops import _checks as checks
-from inlay.ops._autograd import Function
+from inlay.ops._autograd import Function, changed_in_place
 
 
 class Activation(IntEnum):
@@ -142,8 +143,7 @@ def causal_conv1d_step(
         _check_convolution("causal_conv1d_step", x, weight, bias, activation, step=True)
         _check_state("causal_conv1d_step", x, state, weight, state_indices)
         raise
-    if not torch.compiler.is_compiling() and not state.is_inference():
-        torch.autograd.graph.increment_version(state)  # compiled code writes the state back by a copy, which counts
+    changed_in_place(state)
     return y
 
 
@@ -247,12 +247,10 @@ def _check_convolution(
 def _check_sequences(
     op: str, x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
-    checks.indices(op, "cu_seqlens", cu_seqlens, x)
     sequences = x.shape[0]
     if cu_seqlens is not None:
+        checks.offsets(op, "cu_seqlens", cu_seqlens, x)
         sequences = cu_seqlens.shape[0] - 1
-        if x.shape[0] != 1:
-            raise ValueError(f"{op}: x must have a batch size of 1 with cu_seqlens, got {x.shape[0]}")
         if sequences < 1:
             raise ValueError(f"{op}: cu_seqlens must have at least 2 elements, got {sequences + 1}")
     if initial_state is not None:

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from inlay import _load, reference
 from inlay.ops import _checks as checks
-from inlay.ops._autograd import Function
+from inlay.ops._autograd import Function, changed_in_place
 from inlay.ops.conv import MAX_WIDTH, MIN_WIDTH
 
 
@@ -56,7 +56,7 @@ _MODE = {mode.name.lower(): int(mode) for mode in Mode}
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
 _CHUNK_SHARED_BYTES = 227 * 1024
-_MAX_STEP_TOKENS = 16
+MAX_STEP_TOKENS = 16  # as in csrc/gdn/params.h
 
 _ops = _load.namespace()
 _gdn_gates = _ops.gdn_gates.default
@@ -222,10 +222,12 @@ def gated_delta_step(
                 ' use gated_delta_rule(mode="recurrent"), or torch.no_grad()'
             )
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return _step(q, k, v, g, beta, state, states_out, scale, l2norm_qk)
+        o = _step(q, k, v, g, beta, state, states_out, scale, l2norm_qk)
     except Exception:
         _check_step(q, k, v, g, beta, state, states_out)
         raise
+    changed_in_place(state, states_out)
+    return o
 
 
 def gdn_layer_step(
@@ -289,10 +291,12 @@ def gdn_layer_step(
                 "gdn_layer_step: no tensor must require gradients, as the states are overwritten; use torch.no_grad(),"
                 " or causal_conv1d, gdn_gates, gated_delta_rule and gated_rms_norm"
             )
-        return _layer_step(*arguments)
+        y = _layer_step(*arguments)
     except Exception:
         _check_layer_step(*arguments[:12])
         raise
+    changed_in_place(conv_state, state)
+    return y
 
 
 class _GdnGates(Function):
@@ -385,7 +389,7 @@ def _check_rule(
     checks.choice(op, "mode", mode, _MODE)
     sequences = q.shape[0]
     if cu_seqlens is not None:
-        _check_offsets(op, cu_seqlens, q)
+        checks.offsets(op, "cu_seqlens", cu_seqlens, q, of="q")
         sequences = cu_seqlens.shape[0] - 1
     allowed = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
     if initial_state is not None:
@@ -401,8 +405,8 @@ def _check_step(
     op = "gated_delta_step"
     _check_tokens(op, q, k, v, g, beta)
     batch, tokens = q.shape[:2]
-    if not 1 <= tokens <= _MAX_STEP_TOKENS:
-        raise ValueError(f"{op}: q must have 1 to {_MAX_STEP_TOKENS} tokens, got {tokens}")
+    if not 1 <= tokens <= MAX_STEP_TOKENS:
+        raise ValueError(f"{op}: q must have 1 to {MAX_STEP_TOKENS} tokens, got {tokens}")
     matrices = (v.shape[2], q.shape[3], v.shape[3])
     _check_state(op, "state", state, (batch, *matrices), "N, Hv, K, V", q, "q")
     _check_no_overlap(op, state)
@@ -432,8 +436,8 @@ def _check_layer_step(
     if mixed_qkv.dim() != 3:
         raise ValueError(f"{op}: mixed_qkv must have shape [B, T, C], got {list(mixed_qkv.shape)}")
     batch, tokens, channels = mixed_qkv.shape
-    if not 1 <= tokens <= _MAX_STEP_TOKENS:
-        raise ValueError(f"{op}: mixed_qkv must have 1 to {_MAX_STEP_TOKENS} tokens, got {tokens}")
+    if not 1 <= tokens <= MAX_STEP_TOKENS:
+        raise ValueError(f"{op}: mixed_qkv must have 1 to {MAX_STEP_TOKENS} tokens, got {tokens}")
     checks.given(op, "z", z)
     checks.on_device(op, "z", z, mixed_qkv, of=of)
     checks.activations(op, "z", z)
@@ -554,25 +558,6 @@ def _check_no_overlap(op: str, state: Tensor) -> None:
             f"{op}: state must not overlap itself: a dense [Hv, K, V] for each of the batch, got strides"
             f" {list(state.stride())}"
         )
-
-
-def _check_offsets(op: str, cu_seqlens: Tensor, q: Tensor) -> None:
-    checks.given(op, "cu_seqlens", cu_seqlens)
-    checks.dtype(op, "cu_seqlens", cu_seqlens.dtype, (torch.int32, torch.int64))
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens must have shape [N + 1], got {list(cu_seqlens.shape)}")
-    if not cu_seqlens.is_contiguous():
-        raise ValueError(f"{op}: cu_seqlens must be contiguous, got strides {list(cu_seqlens.stride())}")
-    if q.shape[0] != 1:
-        raise ValueError(f"{op}: q must have a batch of 1 with cu_seqlens, got {q.shape[0]}")
-    checks.on_device(op, "cu_seqlens", cu_seqlens, q, of="q")
-    if cu_seqlens.device.type == "cpu":
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != q.shape[1] or offsets != sorted(offsets):
-            raise ValueError(
-                f"{op}: cu_seqlens must not decrease and lead from 0 to the number of tokens {q.shape[1]},"
-                f" got {offsets}"
-            )
 
 
 @torch.library.register_fake("inlay::gdn_gates")
