@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -40,14 +39,30 @@ class Case(Protocol):
     def call(self, op: Op, tensors: Tensors) -> Call:
         """What is timed: the forward without gradients, or the backward alone, through autograd."""
 
-    def agrees(self, results: tuple, tensors: Tensors) -> bool:
-        """Whether the call's results are the reference's for ``tensors``, which were copied before the call."""
+    def exact(self, tensors: Tensors) -> tuple:
+        """The reference's results for ``tensors``, which it may overwrite; or those of some rows."""
+
+    def difference(self, results: tuple, exact: tuple) -> str:
+        """What of the call's results is not as ``exact`` says; empty if nothing."""
+
+
+def differing(pairs: Iterable[tuple[Tensor, Tensor]], tolerance: float) -> str:
+    """Which results are further than ``tolerance`` from the exact ones, in relative L2, and how far."""
+    far = []
+    for index, (result, exact) in enumerate(pairs):
+        if result.shape != exact.shape:
+            far.append(f"result {index} has shape {tuple(result.shape)}")
+            continue
+        error = float((result.double() - exact.double()).norm() / exact.double().norm())
+        if not error <= tolerance:
+            far.append(f"result {index} is off by {error:.2g}")
+    return ", ".join(far)
 
 
 def compare(makers: Makers, options: Options, cases: Iterable[Case], host_cases: Iterable[Case] = ()) -> Iterator[Row]:
     chosen = {name: maker for name, (maker, devices) in makers.items() if options.device in devices}
-    implementations = harness.importable(chosen, options.chosen(chosen, SUBJECT))
     patience = harness.Patience(options.rival_seconds, unlimited=SUBJECT)
+    implementations = harness.importable(chosen, options.chosen(chosen, SUBJECT), patience)
     for case in cases:
         if options.filter in str(case):
             yield from _measure(case, implementations, options, patience)
@@ -60,30 +75,47 @@ def compare(makers: Makers, options: Options, cases: Iterable[Case], host_cases:
 def _measure(
     case: Case, implementations: Mapping[str, Implementation], options: Options, patience: harness.Patience
 ) -> Iterator[Row]:
+    """Every implementation's rows. A rival that fails or is wrong is not timed, and the output says why."""
     count = harness.buffer_sets(case.bytes()) if "graph" in case.modes else 1
     sets = [case.tensors(options.device) for _ in range(count)]
+    before = {name: tensor.clone() for name, tensor in sets[0].items()}
+    exact = case.exact({name: tensor.clone() for name, tensor in before.items()})
     rows: dict[str, list[Row]] = {mode: [] for mode in case.modes}
     for name, implementation in implementations.items():
         op = implementation.get(case.op)
         if op is None or not patience.left(name):
             continue
-        start = time.perf_counter()
+        for key, tensor in before.items():  # a step changed its state
+            sets[0][key].copy_(tensor)
         try:
-            before = {name: tensor.clone() for name, tensor in sets[0].items()}  # a step changes its state
-            calls = [case.call(op, tensors) for tensors in sets]
-            note = "" if case.agrees(calls[0](), before) else "result differs"
-            for mode in case.modes:
-                timing = _time(mode, calls, options)
-                rows[mode].append(harness.row(str(case), mode, name, timing, case.bytes(), options.copy, note))
-        except Exception as error:  # a rival that fails is a note, not the end of the run
+            with patience.spending(name):
+                for mode, timing, note in _timings(case, op, sets, exact, options, name):
+                    rows[mode].append(harness.row(str(case), mode, name, timing, case.bytes(), options.copy, note))
+        except (Exception, harness.OutOfTime) as error:  # a rival that fails is a note, not the end of the run
             if name == SUBJECT:
                 raise
-            print(f"{name}: {case}: {type(error).__name__}: {error}", flush=True)
-        patience.spend(name, time.perf_counter() - start)
-        calls = []
+            print(f"{name}: {case}: {harness.reason(error)}", flush=True)
         harness.free_memory()
     for mode in case.modes:
         yield from harness.judged(rows[mode], SUBJECT, case.bars.get(mode, ()))
+
+
+def _timings(
+    case: Case, op: Op, sets: list[Tensors], exact: tuple, options: Options, name: str
+) -> Iterator[tuple[str, harness.Timing, str]]:
+    """Per mode, with a note where our own results are wrong."""
+    calls = [case.call(op, sets[0])]
+    difference = case.difference(calls[0](), exact)
+    if difference and name != SUBJECT:
+        raise ArithmeticError(difference)
+    calls += [case.call(op, tensors) for tensors in sets[1:]]
+    for mode in case.modes:
+        try:
+            yield mode, _time(mode, calls, options), difference
+        except Exception as error:  # what no graph can hold may still be called
+            if name == SUBJECT:
+                raise
+            print(f"{name}: {case} [{mode}]: {harness.reason(error)}", flush=True)
 
 
 def _time(mode: str, calls: list[Call], options: Options) -> harness.Timing:

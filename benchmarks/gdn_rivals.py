@@ -1,13 +1,18 @@
 """Other implementations of the gdn family, each callable with the same tensors.
 
 An implementation maps an op's name to ``function(tensors) -> outputs``; tensors are named as our public functions'
-arguments. What cannot be imported is absent, with the reason.
+arguments. Forwards of the rule return the final state too. Where tensors must be laid out or scaled in another way
+first, the function is ``Converted``, and only what comes after the conversion is timed. What cannot be imported is
+absent, with the reason.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +22,27 @@ import inlay
 
 Tensors = dict[str, Tensor]
 Op = Callable[[Tensors], object]
-Implementation = dict[str, Op]
 
-PACKAGES = ("transformers", "triton", "flash-linear-attention")
+
+@dataclass(frozen=True)
+class Converted:
+    """A forward on tensors of its own."""
+
+    convert: Callable[[Tensors], Tensors]
+    function: Op
+
+
+Implementation = Mapping[str, Op | Converted]
+
+PACKAGES = (
+    "transformers",
+    "triton",
+    "flash-linear-attention",
+    "flash-qla",
+    "tilelang",
+    "flashinfer-python",
+    "nvidia-cutlass-dsl",
+)
 INPUTS = ("q", "k", "v", "g", "beta")
 
 
@@ -32,7 +55,9 @@ def layer_key_heads(t: Tensors) -> int:
 def ours() -> Implementation:
     return {
         "gdn_gates": lambda t: inlay.gdn_gates(t["a"], t["b"], t["A_log"], t["dt_bias"]),
-        "gated_delta_rule": lambda t: inlay.gated_delta_rule(*(t[name] for name in INPUTS), l2norm_qk=True),
+        "gated_delta_rule": lambda t: inlay.gated_delta_rule(
+            *(t[name] for name in INPUTS), l2norm_qk=True, output_final_state=True
+        ),
         "gated_delta_step": lambda t: inlay.gated_delta_step(*(t[name] for name in INPUTS), t["state"], l2norm_qk=True),
         "gdn_layer_step": lambda t: inlay.gdn_layer_step(**t, conv_bias=None, key_heads=layer_key_heads(t)),
     }
@@ -42,12 +67,12 @@ def eager() -> Implementation:
     """Hugging Face's own functions, without the kernels that its wrappers may put in their place."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-    chunk = inspect.unwrap(modeling.torch_chunk_gated_delta_rule)
-    recurrent = inspect.unwrap(modeling.torch_recurrent_gated_delta_rule)
+    chunk = _grouped(inspect.unwrap(modeling.torch_chunk_gated_delta_rule))
+    recurrent = _grouped(inspect.unwrap(modeling.torch_recurrent_gated_delta_rule))
 
-    def rule(t: Tensors) -> Tensor:
+    def rule(t: Tensors) -> tuple[Tensor, Tensor]:
         q, k, v, g, beta = (t[name] for name in INPUTS)
-        return chunk(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+        return chunk(q, k, v, g=g, beta=beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
     def step(t: Tensors) -> Tensor:
         q, k, v, g, beta = (t[name] for name in INPUTS)
@@ -81,12 +106,26 @@ def eager() -> Implementation:
     return {"gdn_gates": gates, "gated_delta_rule": rule, "gated_delta_step": step, "gdn_layer_step": layer_step}
 
 
-def fla() -> Implementation:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+def _grouped(function: Callable) -> Callable:
+    """The rule, with q and k repeated for the value heads that share them, as older releases' layers do for it."""
+    q, v, g = (torch.ones(sizes) for sizes in ((1, 1, 2, 8), (1, 1, 4, 8), (1, 1, 4)))
+    constants = {"initial_state": None, "output_final_state": False}
+    try:
+        function(q, q, v, g=g, beta=g, **constants)
+    except RuntimeError:
 
-    def rule(t: Tensors) -> Tensor:
-        q, k, v, g, beta = (t[name] for name in INPUTS)
-        return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+        def repeated(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
+            group = v.shape[2] // k.shape[2]
+            return function(q.repeat_interleave(group, 2), k.repeat_interleave(group, 2), v, **options)
+
+        return repeated
+    return function
+
+
+def fla() -> Implementation:
+    """Its own Triton kernels, not FlashQLA's, which it calls where that is installed."""
+    os.environ["FLA_FLASH_QLA"] = "0"
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
     def step(t: Tensors) -> Tensor:
         q, k, v, g, beta = (t[name] for name in INPUTS)
@@ -94,7 +133,68 @@ def fla() -> Implementation:
             q, k, v, g=g, beta=beta, initial_state=t["state"], output_final_state=True, use_qk_l2norm_in_kernel=True
         )[0]
 
-    return {"gated_delta_rule": rule, "gated_delta_step": step}
+    return {"gated_delta_rule": _chunked(chunk_gated_delta_rule), "gated_delta_step": step}
+
+
+def flash_qla() -> Implementation:
+    """TileLang kernels, compiled at run time; the backward is one of them."""
+    from flash_qla import chunk_gated_delta_rule
+
+    return {"gated_delta_rule": _chunked(chunk_gated_delta_rule)}
+
+
+def _chunked(function: Callable) -> Op:
+    def rule(t: Tensors) -> tuple[Tensor, Tensor]:
+        q, k, v, g, beta = (t[name] for name in INPUTS)
+        return function(q, k, v, g=g, beta=beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+
+    return rule
+
+
+def flashinfer() -> Implementation:
+    """CuTe DSL kernels, compiled at run time, without a backward. Decoding is on states as ours are.
+
+    The rule takes packed sequences, decays instead of their logarithms and beta in float32, and gives transposed
+    states; one step takes what the gates are made from, and makes them.
+    """
+    from flashinfer.gdn_decode import gated_delta_rule_decode
+    from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+    # Older releases take the flag and do not read it: there, normalising is outside what is timed.
+    normalises = importlib.util.find_spec("flashinfer.gdn_kernels.qk_l2norm") is not None
+
+    def packed(t: Tensors) -> Tensors:
+        batch, tokens = t["q"].shape[:2]
+        ends = torch.arange(batch + 1, device=t["q"].device) * tokens
+        q, k = (t[name] if normalises else inlay.l2_norm(t[name]) for name in ("q", "k"))
+        rows = {"q": q, "k": k, "v": t["v"], "g": t["g"].exp(), "beta": t["beta"].float()}
+        return {"cu_seqlens": ends, **{name: x.flatten(0, 1).contiguous() for name, x in rows.items()}}
+
+    def rule(t: Tensors) -> tuple[Tensor, Tensor]:
+        sequences = t["cu_seqlens"].shape[0] - 1
+        o, state = chunk_gated_delta_rule(
+            **t, output_final_state=True, use_qk_l2norm_in_kernel=normalises, max_seqlen=t["q"].shape[0] // sequences
+        )
+        return o.unflatten(0, (sequences, -1)), state.mT
+
+    return {"gated_delta_rule": Converted(packed, rule), **_flashinfer_step(gated_delta_rule_decode, lambda s: s)}
+
+
+def flashinfer_transposed() -> Implementation:
+    """Decoding on transposed states, [V, K], which no model's cache in transformers holds."""
+    from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
+
+    return _flashinfer_step(gated_delta_rule_decode_pretranspose, lambda state: state.mT.contiguous())
+
+
+def _flashinfer_step(function: Callable, layout: Callable[[Tensor], Tensor]) -> Implementation:
+    def convert(t: Tensors) -> Tensors:
+        heads = torch.zeros(t["v"].shape[2], device=t["v"].device)
+        a = torch.expm1(-t["g"]).log().to(t["q"].dtype)  # softplus(a) is -g
+        return {**{name: t[name] for name in "qkv"}, "a": a, "b": t["beta"].float().logit().to(t["q"].dtype),
+                "A_log": heads, "dt_bias": heads.clone(), "state": layout(t["state"])}  # fmt: skip
+
+    return {"gated_delta_step": Converted(convert, lambda t: function(**t, use_qk_l2norm=True)[0])}
 
 
 def compiled() -> Implementation:
@@ -109,4 +209,7 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[], Implementation], tuple[str, ...]]]
     "hf_eager": (eager, ("cuda", "cpu")),
     "compile": (compiled, ("cuda",)),
     "fla": (fla, ("cuda",)),
+    "flash_qla": (flash_qla, ("cuda",)),
+    "flashinfer": (flashinfer, ("cuda",)),
+    "flashinfer_vk": (flashinfer_transposed, ("cuda",)),
 }

@@ -10,11 +10,13 @@ from __future__ import annotations
 import csv
 import gc
 import platform
+import signal
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from importlib import metadata
@@ -31,6 +33,7 @@ _L2_BYTES = 60 * 2**20
 _COLD_BYTES = 8 * _L2_BYTES
 _GRAPH_SECONDS = 1e-3  # a replay lasts at least about this long, so that events resolve it
 _MAX_LAUNCHES = 200
+_MEASURE_SECONDS = 1.0  # about as long as slow calls are timed, five of them at least
 _WARM_SECONDS = 0.03  # of work before anything is timed: clocks fall while the GPU waits for Python or a compiler
 
 
@@ -59,8 +62,16 @@ class Family:
     run: Callable[[Options], Iterator[Row]]
 
 
+class OutOfTime(BaseException):
+    """A rival's time is spent. No ``Exception``: rivals catch those while they try configurations."""
+
+
 class Patience:
-    """How long each rival may still take. Rivals that compile at run time would otherwise decide how long a run is."""
+    """How long each rival may still take, its import and its compilations included.
+
+    Rivals that compile at run time would otherwise decide how long a run is. One in its stretch of time is interrupted
+    where it next runs Python, so that a long call into a library delays the end.
+    """
 
     def __init__(self, seconds: float, unlimited: str):
         self._seconds = seconds
@@ -70,9 +81,18 @@ class Patience:
     def left(self, name: str) -> bool:
         return name == self._unlimited or self._spent.get(name, 0.0) < self._seconds
 
-    def spend(self, name: str, seconds: float) -> None:
-        if self.left(name):
-            self._spent[name] = self._spent.get(name, 0.0) + seconds
+    @contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Counts the block's time, and raises ``OutOfTime`` in it once none is left."""
+        if name == self._unlimited:
+            yield
+            return
+        start = time.perf_counter()
+        try:
+            with _interrupted_after(self._seconds - self._spent.get(name, 0.0)):
+                yield
+        finally:
+            self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - start
             if not self.left(name):
                 print(f"{name}: {self._seconds:g} s are spent, its other cases are left out", flush=True)
 
@@ -128,6 +148,10 @@ def at_most_us(limit: float) -> Bar:
     return Bar(f"<= {limit} us", lambda row, _: row.median_us <= limit)
 
 
+def at_most_ms(limit: float) -> Bar:
+    return Bar(f"<= {limit:g} ms", lambda row, _: row.median_us <= limit * 1e3)
+
+
 def at_most_times(factor: float, baseline: str) -> Bar:
     return Bar(f"<= {factor:g} x {baseline}", lambda row, base: row.median_us <= factor * base.median_us, baseline)
 
@@ -137,13 +161,13 @@ def times_faster_than(factor: float, baseline: str) -> Bar:
 
 
 def judged(rows: Sequence[Row], subject: str, bars: Sequence[Bar]) -> list[Row]:
-    """The rows of one case and mode; the subject's says which bars it has, and whether all are met."""
+    """The rows of one case and mode; the subject's says which bars it has, and whether it is right and meets all."""
     by_name = {row.implementation: row for row in rows}
     own = by_name.get(subject)
     bars = [bar for bar in bars if bar.baseline is None or bar.baseline in by_name]
     if own is None or not bars:
         return list(rows)
-    met = all(bar.met(own, by_name.get(bar.baseline or subject, own)) for bar in bars)
+    met = not own.note and all(bar.met(own, by_name.get(bar.baseline or subject, own)) for bar in bars)
     marked = replace(own, bar="; ".join(bar.text for bar in bars), met="yes" if met else "no")
     return [marked if row is own else row for row in rows]
 
@@ -190,9 +214,8 @@ def time_graph(calls: Sequence[Call], replays: int = 15) -> Timing:
             results = [call() for call in calls]
             del results
     launches = rounds * len(calls)
-    _warm_up(graph.replay)
     samples = []
-    for _ in range(replays):
+    for _ in range(_repeats(_warm_up(graph.replay), replays)):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -206,9 +229,8 @@ def time_graph(calls: Sequence[Call], replays: int = 15) -> Timing:
 def time_events(call: Call, repeats: int = 30) -> Timing:
     """One eager call at a time between events, L2 flushed before each."""
     flush = torch.empty(_COLD_BYTES // 4, dtype=torch.int32, device="cuda")
-    _warm_up(lambda: (flush.zero_(), call()))
     pairs = []
-    for _ in range(repeats):
+    for _ in range(_repeats(_warm_up(lambda: (flush.zero_(), call())), repeats)):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         begin.record()
@@ -278,15 +300,22 @@ def environment(device: str, packages: Iterable[str], copy: float, commit: str) 
     return {name: value for name, value in about.items() if value}
 
 
-def importable(makers: dict[str, Callable[[], _Made]], chosen: Iterable[str]) -> dict[str, _Made]:
+def importable(makers: dict[str, Callable[[], _Made]], chosen: Iterable[str], patience: Patience) -> dict[str, _Made]:
     """What the chosen makers make; what cannot be imported is absent, its reason printed once."""
     made = {}
     for name in chosen:
         try:
-            made[name] = makers[name]()
-        except Exception as error:  # packages that compile at import fail in many ways
-            print(f"{name}: absent ({type(error).__name__}: {error})", flush=True)
+            with patience.spending(name):
+                made[name] = makers[name]()
+        except (Exception, OutOfTime) as error:  # packages that compile at import fail in many ways
+            print(f"{name}: absent ({reason(error)})", flush=True)
     return made
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line; those of compilers have hundreds."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def side_stream(device: str) -> AbstractContextManager:
@@ -298,7 +327,7 @@ def line(row: Row) -> str:
     bar = f"  {row.bar}: {'met' if row.met == 'yes' else 'MISSED'}" if row.bar else ""
     rate = f"{row.gb_s:8.0f} GB/s {row.copy_share:6.1%}" if row.bytes else " " * 20
     return (
-        f"{row.case:44} {row.mode:6} {row.implementation:10} {row.median_us:10.2f} us {rate}{bar} {row.note}".rstrip()
+        f"{row.case:48} {row.mode:6} {row.implementation:13} {row.median_us:10.2f} us {rate}{bar} {row.note}".rstrip()
     )
 
 
@@ -324,11 +353,38 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _warm_up(call: Call) -> None:
-    end = time.perf_counter() + _WARM_SECONDS
-    while time.perf_counter() < end:
+def _warm_up(call: Call) -> float:
+    """Seconds that the last call took."""
+    start = last = time.perf_counter()
+    while last - start < _WARM_SECONDS:
+        begin = last
         call()
         torch.cuda.synchronize()
+        last = time.perf_counter()
+    return last - begin
+
+
+def _repeats(seconds: float, most: int) -> int:
+    return max(5, min(most, int(_MEASURE_SECONDS / seconds)))
+
+
+@contextmanager
+def _interrupted_after(seconds: float) -> Iterator[None]:
+    """Raises ``OutOfTime`` in the block after so long, where the platform has the timer and this is the main thread."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise OutOfTime("out of time")
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def _synchronise() -> None:

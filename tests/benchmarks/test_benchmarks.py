@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import harness, report
+from benchmarks import comparison, harness, report
 from benchmarks.harness import Row, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +38,8 @@ def test_a_row_states_rate_and_share():
         (harness.at_most_us(20_000), "no"),
         (harness.times_faster_than(2.0, "eager"), "yes"),
         (harness.times_faster_than(5.0, "eager"), "no"),
+        (harness.at_most_ms(22), "yes"),
+        (harness.at_most_ms(21), "no"),
         (harness.at_most_times(0.5, "eager"), "yes"),
         (harness.at_most_times(0.2, "eager"), "no"),
     ],
@@ -55,8 +61,86 @@ def test_a_rival_that_cannot_be_imported_is_absent(capsys):
     def missing():
         raise ImportError("no module named rival")
 
-    assert harness.importable({"ours": dict, "rival": missing}, ["ours", "rival"]) == {"ours": {}}
+    patience = harness.Patience(1.0, unlimited="ours")
+    assert harness.importable({"ours": dict, "rival": missing}, ["ours", "rival"], patience) == {"ours": {}}
     assert "rival: absent (ImportError: no module named rival)" in capsys.readouterr().out
+
+
+def test_a_rival_is_interrupted_when_its_time_is_spent(capsys):
+    patience = harness.Patience(0.2, unlimited="inlay")
+    start = time.perf_counter()
+
+    def compile_for_ever():
+        while True:
+            with contextlib.suppress(Exception):  # as tuners do with configurations that fail
+                time.sleep(0.01)
+
+    assert harness.importable({"rival": compile_for_ever}, ["rival"], patience) == {}
+    assert time.perf_counter() - start < 5
+    assert "rival: absent (OutOfTime: out of time)" in capsys.readouterr().out
+    assert not patience.left("rival")
+    assert patience.left("inlay")
+
+
+@dataclass
+class Doubling:
+    """A case whose op doubles x, in place if it is careless."""
+
+    op: str = "double"
+    direction: str = "forward"
+    modes: tuple[str, ...] = ("eager",)
+    bars: dict = field(default_factory=lambda: {"eager": (harness.at_most_ms(1e6),)})
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.direction}"
+
+    def bytes(self) -> int:
+        return 32
+
+    def tensors(self, device: str) -> dict[str, torch.Tensor]:
+        return {"x": torch.arange(4.0, device=device)}
+
+    def call(self, op, tensors):
+        return lambda: (op(tensors["x"]),)
+
+    def exact(self, tensors):
+        return (2 * tensors["x"],)
+
+    def difference(self, results, exact):
+        return comparison.differing(zip(results, exact, strict=True), 0.01)
+
+
+def compared(**ops) -> dict[str, Row]:
+    makers = {name: (lambda op=op: {"double": op}, ("cpu",)) for name, op in ops.items()}
+    options = harness.Options(device="cpu", quick=True, rivals=None, rival_seconds=60.0, filter="", copy=COPY)
+    return {row.implementation: row for row in comparison.compare(makers, options, [Doubling()])}
+
+
+def test_a_wrong_rival_is_not_timed(capsys):
+    rows = compared(inlay=lambda x: x + x, right=lambda x: x * 2, wrong=lambda x: x * 2.1, nan=lambda x: x / 0 * 0)
+    assert list(rows) == ["inlay", "right"]
+    out = capsys.readouterr().out
+    assert "ArithmeticError: result 0 is off by 0.05" in out
+    assert "nan: " in out
+
+
+def test_every_implementation_starts_from_the_same_tensors():
+    assert list(compared(inlay=lambda x: x.mul_(2), rival=lambda x: x.mul_(2))) == ["inlay", "rival"]
+
+
+def test_our_own_wrong_results_are_noted_and_meet_no_bar():
+    row = compared(inlay=lambda x: x * 3)["inlay"]
+    assert (row.met, row.note) == ("no", "result 0 is off by 0.5")
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("first line\nsecond line"), harness.OutOfTime("out of time")])
+def test_a_rival_that_fails_is_reported_in_one_line(failure, capsys):
+    def fail(x):
+        raise failure
+
+    assert list(compared(inlay=lambda x: x + x, rival=fail)) == ["inlay"]
+    assert f"rival: {Doubling()}: {harness.reason(failure)}\n" in capsys.readouterr().out
+    assert "\n" not in harness.reason(failure)
 
 
 def test_results_survive_their_file(tmp_path):
