@@ -16,6 +16,7 @@
 // (M's inverse needs no products of its own: inverse^T dinverse inverse^T = w u^T.)
 #pragma once
 
+#include "common/cuda/bulk.cuh"
 #include "common/cuda/warpgroup.cuh"
 #include "gdn/cuda/chunk.cuh"
 
@@ -23,16 +24,15 @@ namespace inlay::gdn::cuda {
 
 inline constexpr int kGradientWarps = 8;  // four groups of 16 tokens by two halves of the columns
 inline constexpr int kGradientThreads = 32 * kGradientWarps;
-inline constexpr int kSlice = 64;  // columns of V at a time
 
 struct GradientParams {
   ChunkParams chunk;
   TokenTensor dout;
-  const void* u;        // [B, T, Hv, V] T
-  const void* w;        // the same
-  const void* states;   // [chunk number][Hv][V, K] T
-  const void* dstates;  // the same
-  OutputTensor dq;      // [B, T, Hk, K] T
+  const void* u;  // BackwardScratch's
+  const void* w;
+  const void* states;
+  const void* dstates;
+  OutputTensor dq;  // [B, T, Hk, K] T
   OutputTensor dk;
   OutputTensor dg;     // [B, T, Hv] float32
   OutputTensor dbeta;  // [B, T, Hv]
@@ -59,7 +59,10 @@ struct GradientMemory {
   static constexpr int kFactorsAt = kN + Tile<T, kTokens, kTokens>::kBytes;
   static constexpr int kSums = kFactorsAt + kFactors * kTokens * 4;
   static constexpr int kSumRows = 16;
-  static constexpr int kBytes = kSums + kSumRows * kTokens * 4;
+  static constexpr int kBarriersAt = kSums + kSumRows * kTokens * 4;
+  static constexpr int kBytes = kBarriersAt + 8 * (1 + kStages);
+  // What comes in bulk for a stage.
+  static constexpr int kBulkBytes = 2 * (States::kBytes + Slice::kBytes);
 };
 
 // What the warps of a block add up of each token: rows of float32 [kTokens], one for each warp that has a part of it.
@@ -108,36 +111,47 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
   const int64_t token_row = chunk.batch * in.sequences.tokens + chunk.token;  // of dense [B * T, ...]
   const int group = static_cast<int>(in.group()), slices = (values + kSlice - 1) / kSlice;
 
+  BulkBarrier* const rows_barrier = reinterpret_cast<BulkBarrier*>(memory + Memory::kBarriersAt);
+  BulkBarrier* const barriers = rows_barrier + 1;  // of the stages
+  if (thread == 0) {
+    for (int i = 0; i < 1 + Memory::kStages; ++i) init_barrier(rows_barrier[i]);
+  }
+  __syncthreads();
   const auto fetch = [&](int index) {  // slices of the group's heads, one after another
     if (index < group * slices) {
       const int64_t head = key_head * group + index / slices, unit = number * in.value_heads + head;
-      const int column = index % slices * kSlice;
-      const uint32_t stage = base + Memory::kStagesAt + index % Memory::kStages * Memory::kStageBytes;
-      const auto fetch_states = [&](int offset, const void* states) {
-        const T* const first = static_cast<const T*>(states) + (unit * values + column) * keys;
-        fetch_tile<kGradientThreads>(TileView<T, kSlice, kKeys>{stage + offset},
-                                     TileSource<T>{first, keys, values - column, keys, true}, thread);
+      const int64_t image = unit * slices + index % slices;
+      const int column = index % slices * kSlice, stage_number = index % Memory::kStages;
+      const uint32_t stage = base + Memory::kStagesAt + stage_number * Memory::kStageBytes;
+      expect_bytes(barriers[stage_number], Memory::kBulkBytes, thread);
+      const auto fetch_image = [&](int offset, const void* images, int bytes) {
+        fetch_bytes<kGradientThreads>(stage + offset, static_cast<const char*>(images) + image * bytes, bytes,
+                                      barriers[stage_number], thread);
       };
-      fetch_states(0, p.states);
-      fetch_states(Memory::kDStates, p.dstates);
-      const auto fetch_values = [&](int offset, TileSource<T> source) {
+      fetch_image(0, p.states, Memory::States::kBytes);
+      fetch_image(Memory::kDStates, p.dstates, Memory::States::kBytes);
+      fetch_image(Memory::kW, p.w, Memory::Slice::kBytes);
+      fetch_image(Memory::kU, p.u, Memory::Slice::kBytes);
+      const auto fetch_values = [&](int offset, const TokenTensor& tensor) {
+        TileSource<T> source = rows_of<T>(tensor, chunk, head, values - column, p.chunk.aligned);
         source.first += column;
-        source.columns -= column;
         fetch_tile<kGradientThreads>(TileView<T, kTokens, kSlice>{stage + offset}, source, thread);
       };
-      const auto dense = [&](const void* data) {
-        return TileSource<T>{static_cast<const T*>(data) + (token_row * in.value_heads + head) * values,
-                             in.value_heads * values, chunk.tokens, values, true};
-      };
-      fetch_values(Memory::kDout, rows_of<T>(p.dout, chunk, head, values, p.chunk.aligned));
-      fetch_values(Memory::kW, dense(p.w));
-      fetch_values(Memory::kU, dense(p.u));
-      fetch_values(Memory::kV, rows_of<T>(in.v, chunk, head, values, p.chunk.aligned));
+      fetch_values(Memory::kDout, p.dout);
+      fetch_values(Memory::kV, in.v);
     }
     commit_copies();
   };
-  fetch_tile<kGradientThreads>(k_tile, rows_of<T>(in.k, chunk, key_head, keys, p.chunk.aligned), thread);
-  fetch_tile<kGradientThreads>(q_tile, rows_of<T>(in.q, chunk, key_head, keys, p.chunk.aligned), thread);
+  {
+    const int64_t unit = number * in.key_heads + key_head;
+    expect_bytes(*rows_barrier, 2 * Memory::Rows::kBytes, thread);
+    fetch_bytes<kGradientThreads>(k_tile.base,
+                                  static_cast<const char*>(p.chunk.prepared.keys) + unit * Memory::Rows::kBytes,
+                                  Memory::Rows::kBytes, *rows_barrier, thread);
+    fetch_bytes<kGradientThreads>(q_tile.base,
+                                  static_cast<const char*>(p.chunk.prepared.queries) + unit * Memory::Rows::kBytes,
+                                  Memory::Rows::kBytes, *rows_barrier, thread);
+  }
   if (Memory::kStages > 1) fetch(0);
 
   // The sum over a row's columns that this warp has, of an accumulator's rows times a tile's.
@@ -166,7 +180,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
     const int64_t head = key_head * group + i, unit = number * in.value_heads + head;
     Accumulator do_s[kTiles] = {}, w_s[kTiles] = {}, u_g[kTiles] = {};
     Accumulator dscores[4] = {}, dm[4] = {};  // [16, 32]: the half's columns
-    float state_dot = 0.0f, value_dot = 0.0f;
+    float state_dot = 0.0f, value_dots[2] = {};
     for (int slice = 0; slice < slices; ++slice) {
       const int index = i * slices + slice;
       if (Memory::kStages == 1) fetch(index);
@@ -178,6 +192,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
       }
       publish_shared();  // before the next fetch, for which it would wait
       __syncthreads();
+      wait_for_bytes(barriers[index % Memory::kStages], index / Memory::kStages);
+      if (index == 0) wait_for_bytes(*rows_barrier, 0);
       if (Memory::kStages > 1) fetch(index + 1);
       const uint32_t stage = base + Memory::kStagesAt + index % Memory::kStages * Memory::kStageBytes;
       const TileView<T, kSlice, kKeys> s_tile{stage}, g_tile{stage + Memory::kDStates};
@@ -187,10 +203,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
 #pragma unroll
       for (int v = 0; v < kSlice / 16; ++v) {
         start_times_half(do_s, RowsOf<T, kTokens, kSlice>{do_tile, 0}, v, s_tile, half);
-        start_times_half(w_s, RowsOf<T, kTokens, kSlice>{w_tile, 0}, v, s_tile, half);
-        start_times_half(u_g, RowsOf<T, kTokens, kSlice>{u_tile, 0}, v, g_tile, half);
-        multiply_by_rows<4>(dscores, RowsOf<T, kTokens, kSlice>{do_tile, 0}, v, u_tile, half * 32, v * 16);
-        multiply_by_rows<4>(dm, RowsOf<T, kTokens, kSlice>{w_tile, 0}, v, u_tile, half * 32, v * 16);
+        start_times_half(w_s, ColumnsOf<T, kSlice, kTokens>{w_tile}, v, s_tile, half);
+        start_times_half(u_g, ColumnsOf<T, kSlice, kTokens>{u_tile}, v, g_tile, half);
+        multiply_by_columns<4>(dscores, RowsOf<T, kTokens, kSlice>{do_tile, 0}, v, u_tile, v * 16, half * 32);
+        multiply_by_columns<4>(dm, ColumnsOf<T, kSlice, kTokens>{w_tile}, v, u_tile, v * 16, half * 32);
       }
       commit_products();
       const auto dot_of_pieces = [&](uint32_t a, uint32_t b) {
@@ -211,9 +227,17 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
         state_dot += dot_of_pieces(s_tile.base + j * 16, g_tile.base + j * 16);
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {  // four threads a row
-        const int column = (thread % 4 * 2 + j) * 8;
-        value_dot += dot_of_pieces(w_tile.address(thread / 4, column), v_tile.address(thread / 4, column));
+      for (int v = half * 32; v < half * 32 + 32; v += 16) {  // the lane's tokens g and g + 8 of its warp's
+        Fragment w_words, v_words;
+        w_tile.template load_rows_first<true>(w_words, v, first_row);
+        v_tile.template load_columns_first<false>(v_words, first_row, v);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float w_low, w_high, v_low, v_high;
+          unpack_pair<T>(w_words[j], w_low, w_high);
+          unpack_pair<T>(v_words[j], v_low, v_high);
+          value_dots[j / 2] += w_low * v_low + w_high * v_high;
+        }
       }
       wait_for_products<0>();
       keep(do_s);
@@ -232,9 +256,12 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
       multiply_by_rows<4>(qk, RowsOf<T, kTokens, kKeys>{q_tile, 0}, k, k_tile, half * 32, k * 16, k == 0);
     }
     commit_products();
-    value_dot += __shfl_xor_sync(0xffffffffu, value_dot, 1);
-    value_dot += __shfl_xor_sync(0xffffffffu, value_dot, 2);
-    if (thread % 4 == 0) sums[kValueDot][thread / 4] = value_dot;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      value_dots[j] += __shfl_xor_sync(0xffffffffu, value_dots[j], 1);
+      value_dots[j] += __shfl_xor_sync(0xffffffffu, value_dots[j], 2);
+      if (t == 0) sums[kValueDot + half][first_row + j * 8 + g] = value_dots[j];
+    }
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) state_dot += __shfl_xor_sync(0xffffffffu, state_dot, offset);
     if (lane == 0) state_dots[warp] = state_dot;
@@ -332,7 +359,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
         const float read = factors[kKeyIn][row] * both(kKeyDot), kept = factors[kKeyOut][row] * both(kStateDot);
         dc[j] = row_sum - column_sum + factors[kQueryIn][row] * both(kQueryDot) - factors[kBeta][row] * read - kept;
         end += kept;
-        const float dbeta[1] = {sums[kValueDot][row] - read + beta_sum};
+        const float dbeta[1] = {both(kValueDot) - read + beta_sum};
         if (row < chunk.tokens) {
           store_from_float(p.dbeta.data, p.dbeta.dtype, (token_row + row) * in.value_heads + head, dbeta);
         }

@@ -1,6 +1,7 @@
 // What a chunk needs that does not depend on the state: see chunk.cuh.
 #pragma once
 
+#include "common/cuda/bulk.cuh"
 #include "gdn/cuda/chunk.cuh"
 #include "gdn/cuda/inverse.cuh"
 
@@ -33,6 +34,12 @@ __device__ inline float row_square_sum(uint32_t tile, int row, int half) {
     }
   }
   return sum + __shfl_xor_sync(0xffffffffu, sum, 1);
+}
+
+// Of an image [kTokens, kTokens].
+template <typename T>
+__device__ inline void store_piece(T* image, int row, int column, uint4 piece) {
+  *reinterpret_cast<uint4*>(reinterpret_cast<char*>(image) + Tile<T, kTokens, kTokens>::offset(row, column)) = piece;
 }
 
 // A block has a chunk of one key head, and its value heads one after another.
@@ -68,6 +75,13 @@ __global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __gri
       factors[kKeyLength][row] = in.l2norm_qk ? 1.0f / sqrtf(k + eps) : 1.0f;
       factors[kQueryLength][row] = in.l2norm_qk ? 1.0f / sqrtf(q + eps) : 1.0f;
     }
+  }
+  {
+    const int64_t unit = number * in.key_heads + key_head;
+    store_bytes<kPrepareThreads>(static_cast<char*>(p.prepared.keys) + unit * Memory::Rows::kBytes, keys.base,
+                                 Memory::Rows::kBytes, thread);
+    store_bytes<kPrepareThreads>(static_cast<char*>(p.prepared.queries) + unit * Memory::Rows::kBytes, queries.base,
+                                 Memory::Rows::kBytes, thread);
   }
   Accumulator kk[kTokens / 8] = {}, qk[kTokens / 8] = {};  // k k^T and q k^T, not above the diagonal
 #pragma unroll
@@ -144,10 +158,10 @@ __global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __gri
       const float k_row = factors[kKeyLength][row], q_row = factors[kQueryLength][row];
 #pragma unroll
       for (int quad = 0; quad < 2; ++quad) {  // four tiles of eight columns
-        if (quad * 2 > warp) continue;
-        Fragment words;
+        Fragment words = {};
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {
+          if (quad * 2 > warp) continue;  // above the diagonal: zeros
           const int n = quad * 4 + tile;
           float score[2], entry[2];
 #pragma unroll
@@ -164,7 +178,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __gri
         }
         transpose_quad(words);
         const uint4 piece = {words[0], words[1], words[2], words[3]};
-        *reinterpret_cast<uint4*>(scores + row * kTokens + (quad * 4 + t) * 8) = piece;
+        store_piece(scores, row, (quad * 4 + t) * 8, piece);
       }
     }
     __syncthreads();
@@ -176,10 +190,10 @@ __global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __gri
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int column = (thread % 2 + 2 * j) * 8;
-      if (column / 16 > row / 16) continue;
-      float values[8];
-      unpack(load<float, 8>(&matrix[row * kInverseStride + column]), values);
-      *reinterpret_cast<Packed<T, 8>*>(inverse + row * kTokens + column) = pack<T>(values);
+      float values[8] = {};
+      if (column / 16 <= row / 16) unpack(load<float, 8>(&matrix[row * kInverseStride + column]), values);
+      const Packed<T, 8> piece = pack<T>(values);
+      store_piece(inverse, row, column, *reinterpret_cast<const uint4*>(&piece));
     }
     __syncthreads();
   }

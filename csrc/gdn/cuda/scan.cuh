@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/cuda/barrier.cuh"
+#include "common/cuda/bulk.cuh"
 #include "gdn/cuda/chunk.cuh"
 #include "gdn/cuda/chunk.h"
 #include "gdn/cuda/state.cuh"
@@ -44,24 +45,28 @@ struct ScanTeam {
   __device__ static int values_taken(int group) { return 10 + 4 * group; }
 };
 
-// Where a block's tiles lie. kAhead: how many of [kTokens, K], [kTokens, kTokens] a stage has; kPassed: how many of
-// [64, kTokens] a group hands over.
-template <typename T, int kKeys, int kGroups, int kRowTiles, int kMatrices, int kPassed>
+// Where a block's tiles lie. kBothKinds: with queries and scores; kPassed: how many tiles [64, kTokens] a group hands
+// over.
+template <typename T, int kKeys, int kGroups, bool kBothKinds_, int kPassed>
 struct ScanMemory {
   static constexpr int kColumns = kGroups * kGroupColumns;
   static constexpr int kFactorBytes = (kLogDecay + 1) * kTokens * 4;
   using Rows = Tile<T, kTokens, kKeys>;
   using Matrix = Tile<T, kTokens, kTokens>;
   using Values = Tile<T, kTokens, kColumns>;
-  static constexpr int kMatrixAt = kRowTiles * Rows::kBytes;
-  static constexpr int kValuesAt = kMatrixAt + kMatrices * Matrix::kBytes;
+  static constexpr bool kBothKinds = kBothKinds_;
+  static constexpr int kMatrixAt = (kBothKinds ? 2 : 1) * Rows::kBytes;
+  static constexpr int kValuesAt = kMatrixAt + (kBothKinds ? 2 : 1) * Matrix::kBytes;
   static constexpr int kStageBytes = kValuesAt + Values::kBytes;
   static constexpr int kGroupBytes = Rows::kBytes + kPassed * Matrix::kBytes;
   static constexpr int kMost = kChunkSharedBytes;
-  static constexpr int kStages = 3 * (kStageBytes + kFactorBytes) + kGroups * kGroupBytes <= kMost ? 3 : 2;
+  static constexpr int kStages = 3 * (kStageBytes + kFactorBytes + 8) + kGroups * kGroupBytes <= kMost ? 3 : 2;
   static constexpr int kGroupsAt = kStages * kStageBytes;
   static constexpr int kFactorsAt = kGroupsAt + kGroups * kGroupBytes;
-  static constexpr int kBytes = kFactorsAt + kStages * kFactorBytes;
+  static constexpr int kBarriersAt = kFactorsAt + kStages * kFactorBytes;
+  static constexpr int kBytes = kBarriersAt + 8 * kStages;
+  // What comes in bulk for a stage.
+  static constexpr int kBulkBytes = kValuesAt + kFactorBytes;
   static_assert(kBytes <= kMost);
 };
 
@@ -71,7 +76,8 @@ struct ScanStage {
   TileView<T, kTokens, kKeys> keys, queries;
   TileView<T, kTokens, kTokens> inverse, scores;
   TileView<T, kTokens, Memory::kColumns> values;
-  const float* factors;
+  float* factors;
+  BulkBarrier* barrier;
 
   __device__ ScanStage(char* memory, int stage) {
     const uint32_t base = shared_address(memory) + stage * Memory::kStageBytes;
@@ -80,7 +86,8 @@ struct ScanStage {
     inverse.base = base + Memory::kMatrixAt;
     scores.base = inverse.base + Memory::Matrix::kBytes;
     values.base = base + Memory::kValuesAt;
-    factors = reinterpret_cast<const float*>(memory + Memory::kFactorsAt + stage * Memory::kFactorBytes);
+    factors = reinterpret_cast<float*>(memory + Memory::kFactorsAt + stage * Memory::kFactorBytes);
+    barrier = reinterpret_cast<BulkBarrier*>(memory + Memory::kBarriersAt) + stage;
   }
 };
 
@@ -151,41 +158,34 @@ struct ScanPlace {
   __device__ const T* first_row(const TokenTensor& tensor, int64_t of_head, int of_column) const {
     return static_cast<const T*>(tensor.data) + tensor.offset(sequence.batch, sequence.begin, of_head) + of_column;
   }
+  // Of the chunk and key head, in memory for [chunk number][key head].
+  __device__ int64_t key_unit(const Inputs& in, int64_t index) const {
+    return (first_number + index) * in.key_heads + key_head;
+  }
   // Of the chunk and value head, in memory for [chunk number][value head].
   __device__ int64_t unit(const Inputs& in, int64_t index) const {
     return (first_number + index) * in.value_heads + head;
   }
 };
 
-// The blocks of a [kTokens, kTokens] matrix on and below its diagonal.
-template <typename T>
-__device__ __forceinline__ void fetch_lower(TileView<T, kTokens, kTokens> tile, const T* source, unsigned thread) {
-  constexpr unsigned kRowStep = kWarpgroup / 8;
-  static_assert(kRowStep == 16);
-  const unsigned first_row = thread / 8, column = thread % 8 * 8;
-  source += first_row * kTokens + column;
-#pragma unroll
-  for (unsigned i = 0; i < kTokens / kRowStep; ++i) {
-    if (column / 16 <= i) copy_async(tile.address(first_row + i * kRowStep, column), source + i * kRowStep * kTokens);
-  }
+// The chunk's images and factors to a stage.
+template <class Memory, typename T, int kKeys>
+__device__ __forceinline__ void fetch_prepared(const ScanStage<Memory, T, kKeys>& stage, const Prepared& prepared,
+                                               int64_t key_unit, int64_t unit, unsigned thread) {
+  const auto fetch = [&](uint32_t shared, const void* images, int64_t image, int bytes) {
+    fetch_bytes<kWarpgroup>(shared, static_cast<const char*>(images) + image * bytes, bytes, *stage.barrier, thread);
+  };
+  expect_bytes(*stage.barrier, Memory::kBulkBytes, thread);
+  fetch(stage.keys.base, prepared.keys, key_unit, Memory::Rows::kBytes);
+  if constexpr (Memory::kBothKinds) fetch(stage.queries.base, prepared.queries, key_unit, Memory::Rows::kBytes);
+  fetch(stage.inverse.base, prepared.inverse, unit, Memory::Matrix::kBytes);
+  if constexpr (Memory::kBothKinds) fetch(stage.scores.base, prepared.scores, unit, Memory::Matrix::kBytes);
+  fetch_bytes<kWarpgroup>(shared_address(stage.factors), prepared.factors + unit * (kFactors * kTokens),
+                          Memory::kFactorBytes, *stage.barrier, thread);
 }
 
-// Their zeros above it, which no fetch touches.
-template <typename T>
-__device__ inline void clear_upper(TileView<T, kTokens, kTokens> tile, unsigned thread) {
-  for (unsigned i = thread; i < kTokens * 8; i += kWarpgroup) {
-    const unsigned row = i / 8, column = i % 8 * 8;
-    if (column / 16 > row / 16) store_shared(tile.address(row, column), uint4{0, 0, 0, 0});
-  }
-}
-
-__device__ inline void fetch_factors(const float* shared, const float* source, unsigned thread) {
-  for (unsigned i = thread; i < (kLogDecay + 1) * kTokens / 4; i += kWarpgroup) {
-    copy_async(shared_address(shared) + i * 16, source + i * 4);
-  }
-}
-
-// The fetching warpgroup's work: calls fetch(index) for all chunks in their order, and says when they have come.
+// The fetching warpgroup's work: calls fetch(step, stage) for all chunks in their order, and says when the copies that
+// its threads themselves make have come.
 template <class Team, int kStages, class Fetch>
 __device__ __forceinline__ void fetch_all(int64_t chunks, Fetch fetch) {
   constexpr int kUnderWay = kStages - 2;  // besides the last one
@@ -274,17 +274,13 @@ __device__ inline void store_tile_tokens(void* output, const TileView<T, kTokens
   }
 }
 
-// A group's tile of the state to rows of [V, K].
-template <typename T, int kKeys>
-__device__ inline void store_state_tile(T* states, const TileView<T, kTokens, kKeys>& tile, unsigned thread,
-                                        int columns, int keys) {
-  constexpr unsigned kPieces = kKeys / 8;
-  for (unsigned i = thread; i < kGroupColumns * kPieces; i += kWarpgroup) {
-    const unsigned row = i / kPieces, column = i % kPieces * 8;
-    if (row < static_cast<unsigned>(max(columns, 0)) && column < static_cast<unsigned>(keys)) {
-      *reinterpret_cast<uint4*>(states + row * keys + column) = load_shared(tile.address(row, column));
-    }
-  }
+// A group's tile as an image of its slice of V.
+template <class Image>
+__device__ inline void store_image(void* images, int64_t unit, uint32_t tile, const Inputs& in, int column,
+                                   unsigned thread) {
+  if (column >= in.value_dim) return;
+  const int64_t slice = unit * value_slices(in) + column / kSlice;
+  store_bytes<kWarpgroup>(static_cast<char*>(images) + slice * Image::kBytes, tile, Image::kBytes, thread);
 }
 
 }  // namespace inlay::gdn::cuda

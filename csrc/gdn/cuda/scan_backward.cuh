@@ -17,12 +17,12 @@ struct ScanBackwardParams {
   StateTensor dfinal_state;
   StateTensor dinitial_state;
   OutputTensor dv;  // [B, T, Hv, V] T
-  void* w;          // the same
-  void* dstates;    // [chunk number][Hv][V, K] T, of the states after each chunk
+  void* w;          // BackwardScratch::w
+  void* dstates;    // BackwardScratch::dstates
 };
 
 template <typename T, int kKeys, int kGroups>
-using ScanBackwardMemory = ScanMemory<T, kKeys, kGroups, 2, 2, 2>;
+using ScanBackwardMemory = ScanMemory<T, kKeys, kGroups, true, 2>;
 
 template <typename T, int kKeys, int kGroups>
 __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
@@ -39,27 +39,19 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
   const ScanPassed<Memory, T, kKeys> passed(memory, place.group);
   const int64_t last = place.chunks - 1;
 
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Memory::kStages; ++i) init_barrier(*Stage(memory, i).barrier);
+  }
+  __syncthreads();
   if (place.role == Role::fetch) {
     leave_registers<Team::kFetchRegisters>();
-    for (int i = 0; i < Memory::kStages; ++i) {
-      clear_upper(Stage(memory, i).inverse, place.thread);
-      clear_upper(Stage(memory, i).scores, place.thread);
-    }
-    const bool aligned = p.chunk.aligned;
-    const T* const k = place.template first_row<T>(in.k, place.key_head, 0);
-    const T* const q = place.template first_row<T>(in.q, place.key_head, 0);
     const T* const dout = place.template first_row<T>(p.dout, place.head, place.block_column);
     fetch_all<Team, Memory::kStages>(place.chunks, [&](int64_t step, int stage_number) {
       const Stage stage(memory, stage_number);
-      const int64_t index = last - step, unit = place.unit(in, index);
-      const Prepared& prepared = p.chunk.prepared;
-      fetch_tile<kWarpgroup>(stage.keys, place.rows(k, in.k, index, keys, aligned), place.thread);
-      fetch_tile<kWarpgroup>(stage.queries, place.rows(q, in.q, index, keys, aligned), place.thread);
-      fetch_tile<kWarpgroup>(stage.values, place.rows(dout, p.dout, index, values - place.block_column, aligned),
-                             place.thread);
-      fetch_lower(stage.inverse, static_cast<const T*>(prepared.inverse) + unit * kMatrix, place.thread);
-      fetch_lower(stage.scores, static_cast<const T*>(prepared.scores) + unit * kMatrix, place.thread);
-      fetch_factors(stage.factors, prepared.factors + unit * (kFactors * kTokens), place.thread);
+      const int64_t index = last - step;
+      fetch_prepared(stage, p.chunk.prepared, place.key_unit(in, index), place.unit(in, index), place.thread);
+      fetch_tile<kWarpgroup>(
+          stage.values, place.rows(dout, p.dout, index, values - place.block_column, p.chunk.aligned), place.thread);
     });
   } else if (place.role == Role::carry) {
     take_registers<Team::kCarryRegisters>();
@@ -70,7 +62,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       const int stage_number = static_cast<int>(step % Memory::kStages);
       const Stage stage(memory, stage_number);
       meet_at(Team::full(stage_number), Team::kAll);
-      publish_shared();
+      wait_for_bytes(*stage.barrier, step / Memory::kStages);
 
       Accumulator du[kTokens / 8];  // the gradient of u
       {
@@ -159,11 +151,11 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       if (step + Memory::kStages < place.chunks) arrive_at(Team::empty(stage_number), Team::kAll);
       meet_at(Team::state_ready(place.group), Team::kPair);
       const int column = place.block_column + place.group_column;
-      store_state_tile(static_cast<T*>(p.dstates) + (place.unit(in, last - step) * values + column) * keys,
-                       passed.state, place.thread, values - column, keys);
+      const int64_t unit = place.unit(in, last - step);
+      store_image<typename Memory::Rows>(p.dstates, unit, passed.state.base, in, column, place.thread);
       if (more) arrive_at(Team::state_taken(place.group), Team::kPair);
       meet_at(Team::values_ready(place.group), Team::kPair);
-      store_tile_tokens(p.w, passed.values, place.warp, in, chunk, place.head, place.column());
+      store_image<typename Memory::Matrix>(p.w, unit, passed.values.base, in, column, place.thread);
       store_tile_tokens(p.dv.data, passed.more, place.warp, in, chunk, place.head, place.column());
       if (more) arrive_at(Team::values_taken(place.group), Team::kPair);
     }

@@ -8,15 +8,14 @@ namespace inlay::gdn::cuda {
 struct ScanParams {
   ChunkParams chunk;
   StateTensor final_state;  // or not wanted
-  OutputTensor o;           // [B, T, Hv, V] T; for the states: u
-  void* states;             // [chunk number][Hv][V, K] T, those before each chunk: for the backward
+  OutputTensor o;           // [B, T, Hv, V] T; for the states: BackwardScratch::u
+  void* states;             // BackwardScratch::states
 };
 
 enum class Scan { outputs, states };
 
 template <typename T, int kKeys, int kGroups, Scan kScan>
-using ScanForwardMemory =
-    ScanMemory<T, kKeys, kGroups, kScan == Scan::outputs ? 2 : 1, kScan == Scan::outputs ? 2 : 1, 1>;
+using ScanForwardMemory = ScanMemory<T, kKeys, kGroups, kScan == Scan::outputs, 1>;
 
 template <typename T, int kKeys, int kGroups, Scan kScan>
 __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(const __grid_constant__ ScanParams p) {
@@ -32,29 +31,18 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
   char* const memory = dynamic_shared();
   const ScanPassed<Memory, T, kKeys> passed(memory, place.group);
 
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Memory::kStages; ++i) init_barrier(*Stage(memory, i).barrier);
+  }
+  __syncthreads();
   if (place.role == Role::fetch) {
     leave_registers<Team::kFetchRegisters>();
-    for (int i = 0; i < Memory::kStages; ++i) {
-      clear_upper(Stage(memory, i).inverse, place.thread);
-      if constexpr (kOutputs) clear_upper(Stage(memory, i).scores, place.thread);
-    }
-    const bool aligned = p.chunk.aligned;
-    const T* const k = place.template first_row<T>(in.k, place.key_head, 0);
-    const T* const q = place.template first_row<T>(in.q, place.key_head, 0);
     const T* const v = place.template first_row<T>(in.v, place.head, place.block_column);
     fetch_all<Team, Memory::kStages>(place.chunks, [&](int64_t index, int stage_number) {
       const Stage stage(memory, stage_number);
-      const int64_t unit = place.unit(in, index);
-      const Prepared& prepared = p.chunk.prepared;
-      fetch_tile<kWarpgroup>(stage.keys, place.rows(k, in.k, index, keys, aligned), place.thread);
-      fetch_tile<kWarpgroup>(stage.values, place.rows(v, in.v, index, values - place.block_column, aligned),
+      fetch_prepared(stage, p.chunk.prepared, place.key_unit(in, index), place.unit(in, index), place.thread);
+      fetch_tile<kWarpgroup>(stage.values, place.rows(v, in.v, index, values - place.block_column, p.chunk.aligned),
                              place.thread);
-      fetch_lower(stage.inverse, static_cast<const T*>(prepared.inverse) + unit * kMatrix, place.thread);
-      if constexpr (kOutputs) {
-        fetch_tile<kWarpgroup>(stage.queries, place.rows(q, in.q, index, keys, aligned), place.thread);
-        fetch_lower(stage.scores, static_cast<const T*>(prepared.scores) + unit * kMatrix, place.thread);
-      }
-      fetch_factors(stage.factors, prepared.factors + unit * (kFactors * kTokens), place.thread);
     });
   } else if (place.role == Role::carry) {
     take_registers<Team::kCarryRegisters>();
@@ -65,7 +53,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       const int stage_number = static_cast<int>(index % Memory::kStages);
       const Stage stage(memory, stage_number);
       meet_at(Team::full(stage_number), Team::kAll);
-      publish_shared();
+      wait_for_bytes(*stage.barrier, index / Memory::kStages);
 
       Accumulator read[kTokens / 8];
       {
@@ -140,7 +128,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       }
       const bool more = index + 1 < place.chunks;
       meet_at(Team::full(stage_number), Team::kAll);
-      publish_shared();
+      wait_for_bytes(*stage.barrier, index / Memory::kStages);
       meet_at(Team::state_ready(place.group), Team::kPair);
       if constexpr (kOutputs) {
         Accumulator o[kTokens / 8];
@@ -177,11 +165,11 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       } else {
         if (index + Memory::kStages < place.chunks) arrive_at(Team::empty(stage_number), Team::kAll);
         const int column = place.block_column + place.group_column;
-        store_state_tile(static_cast<T*>(p.states) + (place.unit(in, index) * values + column) * keys, passed.state,
-                         place.thread, values - column, keys);
+        const int64_t unit = place.unit(in, index);
+        store_image<typename Memory::Rows>(p.states, unit, passed.state.base, in, column, place.thread);
         if (more) arrive_at(Team::state_taken(place.group), Team::kPair);
         meet_at(Team::values_ready(place.group), Team::kPair);
-        store_tile_tokens(p.o.data, passed.values, place.warp, in, chunk, place.head, place.column());
+        store_image<typename Memory::Matrix>(p.o.data, unit, passed.values.base, in, column, place.thread);
         if (more) arrive_at(Team::values_taken(place.group), Team::kPair);
       }
     }
