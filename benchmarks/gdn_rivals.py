@@ -123,7 +123,10 @@ def _grouped(function: Callable) -> Callable:
 
 
 def fla() -> Implementation:
-    """Its own Triton kernels, not FlashQLA's, which it calls where that is installed."""
+    """Its own Triton kernels, not FlashQLA's, which it calls where that is installed.
+
+    On Hopper with Triton 3.4 to 3.7.0 the backward needs TileLang, and raises without.
+    """
     os.environ["FLA_FLASH_QLA"] = "0"
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 

@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer and, on the CPU, smaller cases; writes no results")
     parser.add_argument("--ours-only", action="store_true", help="no rivals")
     parser.add_argument("--rivals", default="", help="comma-separated names; all by default")
-    parser.add_argument("--rival-seconds", type=float, default=60.0, help="time one rival may take altogether")
+    parser.add_argument(
+        "--rival-seconds", type=float, default=60.0, help="time one rival may take altogether, with what it compiles"
+    )
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file"
