@@ -84,27 +84,35 @@ __device__ inline void load_matrices(Fragment& r, uint32_t row) {
   }
 }
 
-// The opposite of load_matrices<false>.
-__device__ inline void store_matrices(uint32_t row, const Fragment& r) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
-               "r"(r[2]), "r"(r[3])
-               : "memory");
-#else
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t own = __shfl_sync(0xffffffffu, row, i * 8 + lane / 4);
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(own + lane % 4 * 4), "r"(r[i]) : "memory");
-  }
-#endif
-}
-
 // An 8x8 matrix across the warp: row g, columns 2t, 2t + 1 becomes column g, rows 2t, 2t + 1.
 __device__ inline uint32_t transpose_matrix(uint32_t word) {
   uint32_t transposed;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
   return transposed;
+}
+
+// The opposite of load_matrices.
+template <bool kTransposed>
+__device__ inline void store_matrices(uint32_t row, const Fragment& r) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kTransposed) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+  }
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t own = __shfl_sync(0xffffffffu, row, i * 8 + lane / 4);
+    const uint32_t word = kTransposed ? transpose_matrix(r[i]) : r[i];
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(own + lane % 4 * 4), "r"(word) : "memory");
+  }
+#endif
 }
 
 // The shared memory that the kernel is started with.

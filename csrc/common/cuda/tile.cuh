@@ -43,7 +43,7 @@ struct TileView {
   // The opposite of load_rows_first<false>.
   __device__ void store_rows_first(const Fragment& r, int row, int column) const {
     const unsigned lane = threadIdx.x % 32;
-    store_matrices(address(row + lane % 16, column + lane / 16 * 8), r);
+    store_matrices<false>(address(row + lane % 16, column + lane / 16 * 8), r);
   }
 
   // As two `b`: rows are the two tiles of 8, columns the summed dimension. Transposed, as an `a`: columns are its rows.
@@ -51,6 +51,12 @@ struct TileView {
   __device__ void load_columns_first(Fragment& r, int row, int column) const {
     const unsigned lane = threadIdx.x % 32;
     load_matrices<kTransposed>(r, address(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+  }
+
+  // The opposite of load_columns_first<true>.
+  __device__ void store_columns_first(const Fragment& r, int row, int column) const {
+    const unsigned lane = threadIdx.x % 32;
+    store_matrices<true>(address(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8), r);
   }
 };
 

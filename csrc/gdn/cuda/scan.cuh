@@ -91,7 +91,7 @@ struct ScanStage {
   }
 };
 
-// What a group hands over: the state [64 of V, K] and tiles [64 of V, kTokens].
+// What a group hands over: the state [64 of V, K], a tile [64 of V, kTokens] and one [kTokens, 64 of V].
 template <class Memory, typename T, int kKeys>
 struct ScanPassed {
   TileView<T, kTokens, kKeys> state;
@@ -248,29 +248,29 @@ __device__ inline void store_rows(const TileView<T, kTokens, kTokens>& tile, int
   for (int k = 0; k < kTokens / 16; ++k) tile.store_rows_first(x[k], warp * 16, k * 16);
 }
 
-// Four 8x8 matrices, of tokens [0, 8) and columns [0, 8), [8, 16), then of tokens [8, 16), to their place in the
-// chunk's rows of a dense [B, T, Hv, V], 16 bytes a lane.
+// A warp's x^T [16, kTokens] as columns of a tile [kTokens, of V].
 template <typename T>
-__device__ inline void store_tokens(T* output, Fragment& r, int row, const Inputs& in, const Chunk& chunk, int64_t head,
-                                    int column) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, token = row + t / 2 * 8 + g;
-  transpose_quad(r);
-  column += t % 2 * 8;
-  if (token < chunk.tokens && column < in.value_dim) {
-    const int64_t at = (chunk.batch * in.sequences.tokens + chunk.token + token) * in.value_heads + head;
-    *reinterpret_cast<uint4*>(output + at * in.value_dim + column) = uint4{r[0], r[1], r[2], r[3]};
-  }
+__device__ inline void store_columns(const TileView<T, kTokens, kGroupColumns>& tile, int column,
+                                     const Fragment (&x)[kTokens / 16]) {
+#pragma unroll
+  for (int k = 0; k < kTokens / 16; ++k) tile.store_columns_first(x[k], k * 16, column);
 }
 
-// From a tile [64 of V, kTokens], a warp's 16 columns.
+// A group's tile to its place, `column`, in the chunk's rows of a dense [B, T, Hv, V].
 template <typename T>
-__device__ inline void store_tile_tokens(void* output, const TileView<T, kTokens, kTokens>& tile, int warp,
-                                         const Inputs& in, const Chunk& chunk, int64_t head, int column) {
+__device__ __forceinline__ void store_tokens(void* output, const TileView<T, kTokens, kGroupColumns>& tile,
+                                             const Inputs& in, const Chunk& chunk, int64_t head, int column,
+                                             unsigned thread) {
+  constexpr unsigned kPieces = kGroupColumns / 8, kRowStep = kWarpgroup / kPieces;
+  const unsigned part = thread % kPieces * 8;
+  if (column + static_cast<int>(part) >= in.value_dim) return;
+  const int64_t pitch = in.value_heads * in.value_dim;
+  T* target = static_cast<T*>(output) + (chunk.batch * in.sequences.tokens + chunk.token + thread / kPieces) * pitch +
+              head * in.value_dim + column + part;
 #pragma unroll
-  for (int k = 0; k < kTokens / 16; ++k) {
-    Fragment r;
-    tile.template load_rows_first<true>(r, warp * 16, k * 16);
-    store_tokens(static_cast<T*>(output), r, k * 16, in, chunk, head, column);
+  for (unsigned row = thread / kPieces; row < kTokens; row += kRowStep, target += kRowStep * pitch) {
+    const uint4 piece = load_shared(tile.address(row, part));
+    if (row < static_cast<unsigned>(chunk.tokens)) *reinterpret_cast<uint4*>(target) = piece;
   }
 }
 

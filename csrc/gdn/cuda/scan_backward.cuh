@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       round_plain<T>(dout, w);
       store_rows(passed.values, place.warp, dout);
       round_scaled<T>(dout, w, [&](int tile) { return factor_pair(stage.factors, kBeta, tile); });
-      store_rows(passed.more, place.warp, dout);
+      store_columns(passed.more, place.warp * 16, dout);
       arrive_at(Team::values_ready(place.group), Team::kPair);
       wait_for_products<0>();
       keep(gradient.tiles);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       if (more) arrive_at(Team::state_taken(place.group), Team::kPair);
       meet_at(Team::values_ready(place.group), Team::kPair);
       store_image<typename Memory::Matrix>(p.w, unit, passed.values.base, in, column, place.thread);
-      store_tile_tokens(p.dv.data, passed.more, place.warp, in, chunk, place.head, place.column());
+      store_tokens(p.dv.data, passed.more, in, chunk, place.head, column, place.thread);
       if (more) arrive_at(Team::values_taken(place.group), Team::kPair);
     }
   }
