@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __gri
       factors[kQueryLength][row] = in.l2norm_qk ? 1.0f / sqrtf(q + eps) : 1.0f;
     }
   }
+  __syncthreads();
   {
     const int64_t unit = number * in.key_heads + key_head;
     store_bytes<kPrepareThreads>(static_cast<char*>(p.prepared.keys) + unit * Memory::Rows::kBytes, keys.base,

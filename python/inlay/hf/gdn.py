@@ -74,11 +74,12 @@ def _reason(layer: Any, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> str | 
     if torch.float64 in (x.dtype, layer.conv1d.weight.dtype, layer.A_log.dtype):
         return "no op rounds as it does for float64"
     packing = _packing(kwargs)
+    packed = packing.cu_seq_lens_q is not None or packing.seq_idx is not None  # a comparison of tuples misleads Dynamo
     return (
         device_reason(x)
         or transform_reason()
         or _packing_reason(packing, x, cache)
-        or _cache_reason(layer, x, cache, packed=packing != (None, None))
+        or _cache_reason(layer, x, cache, packed)
     )
 
 
