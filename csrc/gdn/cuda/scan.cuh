@@ -189,7 +189,8 @@ __device__ __forceinline__ void fetch_prepared(const ScanStage<Memory, T, kKeys>
 template <class Team, int kStages, class Fetch>
 __device__ __forceinline__ void fetch_all(int64_t chunks, Fetch fetch) {
   constexpr int kUnderWay = kStages - 2;  // besides the last one
-  // No publish_shared(): it would wait for the copies under way too. The receivers call it.
+  // Without publish_shared(), which would wait for the copies under way too: no product reads the tile as an operand in
+  // shared memory.
   const auto publish = [](int64_t step) { arrive_at(Team::full(step % kStages), Team::kAll); };
   for (int64_t step = 0; step < chunks; ++step) {
     if (step >= kStages) meet_at(Team::empty(step % kStages), Team::kAll);

@@ -81,7 +81,8 @@ def _has_kernel(q: Tensor, mode: str, needs_grad: bool) -> bool:
 def _has_room_for_chunks(device: torch.device) -> bool:
     """Whether a block of the GPU can have the shared memory that the kernels for chunks take: on compute capability
     9.0 and 10.0 it can. The native side looks at the same number."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _CHUNK_SHARED_BYTES
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know the attribute
+    return properties.shared_memory_per_block_optin >= _CHUNK_SHARED_BYTES
 
 
 def gdn_gates(
