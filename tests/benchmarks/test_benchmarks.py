@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import comparison, harness, report
+from benchmarks import comparison, gdn_layer, harness, report
 from benchmarks.harness import Row, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,3 +190,10 @@ def test_run_writes_a_results_file(family, chosen, implementations, tmp_path):
     _, rows = harness.read_results(tmp_path / f"{family}-cpu.csv")
     assert {row["implementation"] for row in rows} == implementations
     assert not any(row["note"] for row in rows), done.stdout
+
+
+def test_a_gdn_layer_needs_less_memory_patched():
+    """Its time is not judged: the machine may be shared."""
+    unpatched, patched = gdn_layer.measure("cpu", 130)
+    assert patched.bytes < unpatched.bytes
+    assert patched.seconds > 0
