@@ -125,14 +125,17 @@ def test_state_dtypes(mode, wanted, given, device):
 
 
 @pytest.mark.parametrize("strength", [-1e3, -1e30, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_gates_that_forget_everything(mode, strength, device):
+def test_gates_that_forget_everything(mode, dtype, strength, device):
     """No NaN out of 0 * inf; what follows such a gate is what starts from zeros."""
     case = Case(tokens=100, batch=1)
-    tensors = case.inputs(torch.float32, device)
+    tensors = case.inputs(dtype, device)
     tensors["g"][:, 40] = strength
     tensors["g"][:, 70:75] = strength
     check_values(case, tensors, mode=mode)
+    if dtype != torch.float32:
+        return
     o, final_state = case.run(inlay, tensors, mode=mode)
     fresh = {name: t[:, 74:] if name != "initial_state" else t * 0 for name, t in tensors.items()}
     for actual, expected in zip((o[:, 74:], final_state), case.run(inlay, fresh, mode=mode), strict=True):
@@ -144,7 +147,7 @@ def test_gates_that_forget_everything(mode, strength, device):
 def test_nan_goes_where_the_recurrence_takes_it(mode, name, device):
     """Into its own head from its token on, and into no other head, sequence, or earlier chunk."""
     case = Case(tokens=150, key_heads=2, value_heads=2)
-    tensors = case.inputs(torch.float32, device)
+    tensors = case.inputs(kernel_dtype(device), device)
     clean_o, clean_state = case.run(inlay, tensors, mode=mode)
     tensors[name][1, 100, 0] = torch.nan
     o, final_state = case.run(inlay, tensors, mode=mode)

@@ -21,9 +21,8 @@ struct InRegisters {
   const Fragment* steps;
 };
 template <typename T, int kRows, int kColumns>
-struct RowsOf {  // all 64 rows of a tile; its columns are summed over, from `column` on
+struct RowsOf {  // all 64 rows of a tile; its columns are summed over
   TileView<T, kRows, kColumns> tile;
-  int column;
 };
 template <typename T, int kRows, int kColumns>
 struct ColumnsOf {  // the first 64 columns of a tile; its rows are summed over
@@ -106,7 +105,7 @@ __device__ __forceinline__ void start_product(Accumulator* c, const InRegisters&
 template <typename T, int kTiles, bool kTransposedB, int kRows, int kColumns>
 __device__ __forceinline__ void start_product(Accumulator* c, const RowsOf<T, kRows, kColumns>& a, int step, uint64_t b,
                                               bool fresh) {
-  start_product<T, kTiles, false, kTransposedB>(c, descriptor(a.tile, 0, a.column + step * 16), b, !fresh);
+  start_product<T, kTiles, false, kTransposedB>(c, descriptor(a.tile, 0, step * 16), b, !fresh);
 }
 
 template <typename T, int kTiles, bool kTransposedB, int kRows, int kColumns>
@@ -161,7 +160,7 @@ __device__ inline void load_a(Fragment& r, const InRegisters& a, int step) {
 
 template <typename T, int kRows, int kColumns>
 __device__ inline void load_a(Fragment& r, const RowsOf<T, kRows, kColumns>& a, int step) {
-  a.tile.template load_rows_first<false>(r, threadIdx.x / 32 % 4 * 16, a.column + step * 16);
+  a.tile.template load_rows_first<false>(r, threadIdx.x / 32 % 4 * 16, step * 16);
 }
 
 template <typename T, int kRows, int kColumns>

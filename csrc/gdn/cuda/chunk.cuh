@@ -34,7 +34,6 @@ struct ChunkParams {
 
 // One chunk of a sequence.
 struct Chunk {
-  int64_t sequence;
   int64_t batch;
   int64_t token;  // its first
   int tokens;     // at most kTokens; none: no chunk has this number
@@ -55,7 +54,7 @@ __device__ inline Chunk chunk_at(const Sequences& sequences, int64_t number) {
   const Sequence sequence = sequences[low];
   const int64_t token = sequence.begin + (number - sequences.first_chunk(low, kChunk)) * kChunk;
   const int64_t left = sequence.end - token;
-  return {low, sequence.batch, token, token < sequence.begin || left <= 0 ? 0 : static_cast<int>(min(left, kChunk))};
+  return {sequence.batch, token, token < sequence.begin || left <= 0 ? 0 : static_cast<int>(min(left, kChunk))};
 }
 
 template <typename T>

@@ -202,10 +202,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
       begin_products();
 #pragma unroll
       for (int v = 0; v < kSlice / 16; ++v) {
-        start_times_half(do_s, RowsOf<T, kTokens, kSlice>{do_tile, 0}, v, s_tile, half);
+        start_times_half(do_s, RowsOf<T, kTokens, kSlice>{do_tile}, v, s_tile, half);
         start_times_half(w_s, ColumnsOf<T, kSlice, kTokens>{w_tile}, v, s_tile, half);
         start_times_half(u_g, ColumnsOf<T, kSlice, kTokens>{u_tile}, v, g_tile, half);
-        multiply_by_columns<4>(dscores, RowsOf<T, kTokens, kSlice>{do_tile, 0}, v, u_tile, v * 16, half * 32);
+        multiply_by_columns<4>(dscores, RowsOf<T, kTokens, kSlice>{do_tile}, v, u_tile, v * 16, half * 32);
         multiply_by_columns<4>(dm, ColumnsOf<T, kSlice, kTokens>{w_tile}, v, u_tile, v * 16, half * 32);
       }
       commit_products();
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
     begin_products();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      multiply_by_rows<4>(kk, RowsOf<T, kTokens, kKeys>{k_tile, 0}, k, k_tile, half * 32, k * 16, k == 0);
-      multiply_by_rows<4>(qk, RowsOf<T, kTokens, kKeys>{q_tile, 0}, k, k_tile, half * 32, k * 16, k == 0);
+      multiply_by_rows<4>(kk, RowsOf<T, kTokens, kKeys>{k_tile}, k, k_tile, half * 32, k * 16, k == 0);
+      multiply_by_rows<4>(qk, RowsOf<T, kTokens, kKeys>{q_tile}, k, k_tile, half * 32, k * 16, k == 0);
     }
     commit_products();
 #pragma unroll
@@ -339,8 +339,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
     begin_products();
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
-      start_times_half(x, RowsOf<T, kTokens, kTokens>{y_tile, 0}, k, k_tile, half);
-      start_times_half(y, RowsOf<T, kTokens, kTokens>{n_tile, 0}, k, k_tile, half);
+      start_times_half(x, RowsOf<T, kTokens, kTokens>{y_tile}, k, k_tile, half);
+      start_times_half(y, RowsOf<T, kTokens, kTokens>{n_tile}, k, k_tile, half);
       start_times_half(y, ColumnsOf<T, kTokens, kTokens>{n_tile}, k, k_tile, half);
       start_times_half(y, ColumnsOf<T, kTokens, kTokens>{y_tile}, k, q_tile, half);
     }

@@ -91,6 +91,15 @@ struct ScanStage {
   }
 };
 
+// By all threads, before anything else is done with the stages.
+template <class Stage, int kStages>
+__device__ __forceinline__ void init_stages(char* memory) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) init_barrier(*Stage(memory, i).barrier);
+  }
+  __syncthreads();
+}
+
 // What a group hands over: the state [64 of V, K], a tile [64 of V, kTokens] and one [kTokens, 64 of V].
 template <class Memory, typename T, int kKeys>
 struct ScanPassed {
@@ -144,7 +153,7 @@ struct ScanPlace {
 
   __device__ Chunk chunk(int64_t index) const {
     const int64_t token = sequence.begin + index * kChunk;
-    return {sequence_number, sequence.batch, token, static_cast<int>(min(sequence.end - token, kChunk))};
+    return {sequence.batch, token, static_cast<int>(min(sequence.end - token, kChunk))};
   }
   // The chunk's rows of a tensor whose rows for the sequence begin at `first`.
   template <typename T>

@@ -39,10 +39,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
   const ScanPassed<Memory, T, kKeys> passed(memory, place.group);
   const int64_t last = place.chunks - 1;
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Memory::kStages; ++i) init_barrier(*Stage(memory, i).barrier);
-  }
-  __syncthreads();
+  init_stages<Stage, Memory::kStages>(memory);
   if (place.role == Role::fetch) {
     leave_registers<Team::kFetchRegisters>();
     const T* const dout = place.template first_row<T>(p.dout, place.head, place.block_column);

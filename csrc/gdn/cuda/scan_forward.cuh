@@ -45,10 +45,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
   char* const memory = dynamic_shared();
   const ScanPassed<Memory, T, kKeys> passed(memory, place.group);
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Memory::kStages; ++i) init_barrier(*Stage(memory, i).barrier);
-  }
-  __syncthreads();
+  init_stages<Stage, Memory::kStages>(memory);
   if (place.role == Role::fetch) {
     leave_registers<Team::kFetchRegisters>();
     const T* const v = place.template first_row<T>(in.v, place.head, place.block_column);
@@ -149,7 +146,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         begin_products();
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) {
-          multiply_by_rows<kTokens / 8>(o, RowsOf<T, kTokens, kKeys>{passed.state, 0}, k, stage.queries, 0, k * 16,
+          multiply_by_rows<kTokens / 8>(o, RowsOf<T, kTokens, kKeys>{passed.state}, k, stage.queries, 0, k * 16,
                                         k == 0);
         }
         commit_products();
@@ -161,7 +158,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         begin_products();
 #pragma unroll
         for (int k = 0; k < kTokens / 16; ++k) {
-          multiply_by_rows<kTokens / 8>(o, RowsOf<T, kTokens, kTokens>{passed.values, 0}, k, stage.scores, 0, k * 16);
+          multiply_by_rows<kTokens / 8>(o, RowsOf<T, kTokens, kTokens>{passed.values}, k, stage.scores, 0, k * 16);
         }
         commit_products();
         wait_for_products<0>();
