@@ -5,21 +5,22 @@
 
 namespace inlay::gdn::cuda {
 
-template <typename T, int kKeys, int kGroups>
-void scan(const ScanParams& p, void* stream) {
-  const unsigned blocks = scan_blocks<kGroups>(p.chunk.inputs);
-  if (blocks == 0) return;
-  constexpr int kBytes = ScanForwardMemory<T, kKeys, kGroups, Scan::outputs>::kBytes;
-  start<scan_kernel<T, kKeys, kGroups, Scan::outputs>, ScanTeam<kGroups>::kThreads, kBytes>(p, dim3(blocks), stream);
-}
-
 template <typename T, int kKeys>
 void chunk_forward(const ForwardParams& params, void* stream) {
   const Inputs& in = params.inputs;
   const bool aligned = aligned_rows(in.q) && aligned_rows(in.k) && aligned_rows(in.v);
-  const ScanParams p{{in, ChunkScratch(in, params.scratch).prepared, aligned}, params.final_state, params.o, nullptr};
+  const ScanParams p{{in, ChunkScratch(in, params.scratch).prepared, aligned},
+                     params.final_state,
+                     params.o,
+                     nullptr,
+                     scan_rows(in.v, in),
+                     scan_rows(params.o, in)};
   prepare<T, kKeys>(p.chunk, stream);
-  with_scan_groups<kKeys>(in, [&](auto groups) { scan<T, kKeys, decltype(groups)::value>(p, stream); });
+  with_scan_groups<kKeys>(in, [&](auto groups) {
+    constexpr int kGroups = decltype(groups)::value;
+    using Memory = ScanForwardMemory<T, kKeys, kGroups, Scan::outputs>;
+    start_scan<scan_kernel<T, kKeys, kGroups, Scan::outputs>, kGroups, Memory::kBytes>(p, stream);
+  });
 }
 
 }  // namespace inlay::gdn::cuda

@@ -22,6 +22,27 @@ unsigned scan_blocks(const Inputs& in) {
   return static_cast<unsigned>(in.sequences.count * in.value_heads * parts);
 }
 
+// Of a tensor [B, T, Hv, V].
+inline ScanRows scan_rows(const TokenTensor& tensor, const Inputs& in) {
+  const int64_t batch = in.sequences.offsets ? 1 : in.sequences.count;
+  const BoxedTensor boxes{tensor, batch, in.sequences.tokens, in.value_heads, in.value_dim, kTokens};
+  ScanRows rows{};
+  rows.boxed = has_tensor_maps() && fits_tensor_map(boxes);
+  if (rows.boxed) rows.map = make_tensor_map(boxes);
+  return rows;
+}
+
+inline ScanRows scan_rows(const OutputTensor& dense, const Inputs& in) {
+  const int64_t row = in.value_heads * in.value_dim;
+  return scan_rows(TokenTensor{dense.data, dense.dtype, in.sequences.tokens * row, row, in.value_dim}, in);
+}
+
+template <auto Kernel, int kGroups, int kBytes, typename Params>
+void start_scan(const Params& params, void* stream) {
+  const unsigned blocks = scan_blocks<kGroups>(params.chunk.inputs);
+  if (blocks > 0) start<Kernel, ScanTeam<kGroups>::kThreads, kBytes>(params, dim3(blocks), stream);
+}
+
 // Calls use(how many groups of columns a scan's blocks have): two where that leaves enough blocks, and where two heads
 // of this size have room.
 template <int kKeys, class Use>

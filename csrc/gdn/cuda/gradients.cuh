@@ -111,10 +111,11 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradients_kernel(const __
   const int64_t token_row = chunk.batch * in.sequences.tokens + chunk.token;  // of dense [B * T, ...]
   const int group = static_cast<int>(in.group()), slices = (values + kSlice - 1) / kSlice;
 
-  BulkBarrier* const rows_barrier = reinterpret_cast<BulkBarrier*>(memory + Memory::kBarriersAt);
-  BulkBarrier* const barriers = rows_barrier + 1;  // of the stages
+  Barrier* const rows_barrier = reinterpret_cast<Barrier*>(memory + Memory::kBarriersAt);
+  Barrier* const barriers = rows_barrier + 1;  // of the stages
   if (thread == 0) {
-    for (int i = 0; i < 1 + Memory::kStages; ++i) init_barrier(rows_barrier[i]);
+    for (int i = 0; i < 1 + Memory::kStages; ++i) init_barrier(rows_barrier[i], 1);
+    publish_barriers();
   }
   __syncthreads();
   const auto fetch = [&](int index) {  // slices of the group's heads, one after another

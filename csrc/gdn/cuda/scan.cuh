@@ -11,6 +11,7 @@
 
 #include "common/cuda/barrier.cuh"
 #include "common/cuda/bulk.cuh"
+#include "common/cuda/tensor_map.cuh"
 #include "gdn/cuda/chunk.cuh"
 #include "gdn/cuda/chunk.h"
 #include "gdn/cuda/state.cuh"
@@ -22,7 +23,7 @@ inline constexpr int kGroupColumns = 64;
 
 enum class Role { fetch, carry, pass_on };
 
-// How a block's threads, registers and barriers are dealt out.
+// How a block's threads and registers are dealt out.
 template <int kGroups>
 struct ScanTeam {
   static constexpr int kThreads = kWarpgroup * (1 + 2 * kGroups);
@@ -33,21 +34,18 @@ struct ScanTeam {
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static_assert(kFetchRegisters + kGroups * (kCarryRegisters + kPassOnRegisters) <=
                 (1 + 2 * kGroups) * kStartRegisters);
-
-  // Barriers: of a stage that is full or empty, for all; and of a group's hand-over of the state and of its tokens'
-  // values, ready or taken.
-  static constexpr int kAll = kThreads, kPair = 2 * kWarpgroup;
-  __device__ static int full(int stage) { return 1 + stage; }
-  __device__ static int empty(int stage) { return 4 + stage; }
-  __device__ static int state_ready(int group) { return 7 + 4 * group; }
-  __device__ static int state_taken(int group) { return 8 + 4 * group; }
-  __device__ static int values_ready(int group) { return 9 + 4 * group; }
-  __device__ static int values_taken(int group) { return 10 + 4 * group; }
 };
 
-// Where a block's tiles lie. kBothKinds: with queries and scores; kPassed: how many tiles [64, kTokens] a group hands
-// over.
-template <typename T, int kKeys, int kGroups, bool kBothKinds_, int kPassed>
+// Of the stages, and of what each group hands over: the state, and its tokens' values.
+template <int kGroups, int kStages>
+struct ScanBarriers {
+  Barrier full[kStages], empty[kStages];
+  Barrier state_ready[kGroups], state_taken[kGroups], values_ready[kGroups], values_taken[kGroups];
+  Barrier rows[kGroups];  // within a group that passes on
+};
+
+// Where a block's tiles lie. kBothKinds: with queries and scores; kTokenRows: groups write rows of tokens.
+template <typename T, int kKeys, int kGroups, bool kBothKinds_, bool kTokenRows>
 struct ScanMemory {
   static constexpr int kColumns = kGroups * kGroupColumns;
   static constexpr int kFactorBytes = (kLogDecay + 1) * kTokens * 4;
@@ -55,17 +53,25 @@ struct ScanMemory {
   using Matrix = Tile<T, kTokens, kTokens>;
   using Values = Tile<T, kTokens, kColumns>;
   static constexpr bool kBothKinds = kBothKinds_;
+  // Of a stage.
   static constexpr int kMatrixAt = (kBothKinds ? 2 : 1) * Rows::kBytes;
   static constexpr int kValuesAt = kMatrixAt + (kBothKinds ? 2 : 1) * Matrix::kBytes;
   static constexpr int kStageBytes = kValuesAt + Values::kBytes;
-  static constexpr int kGroupBytes = Rows::kBytes + kPassed * Matrix::kBytes;
+  // Of a group.
+  static constexpr int kPassedValuesAt = Rows::kBytes;
+  static constexpr int kPassedRowsAt = kPassedValuesAt + Matrix::kBytes;
+  static constexpr int kGroupBytes = kPassedRowsAt + (kTokenRows ? Matrix::kBytes : 0);
+  static constexpr int bytes_with(int stages) {
+    return stages * (kStageBytes + kFactorBytes) + kGroups * kGroupBytes + int{sizeof(ScanBarriers<kGroups, 3>)};
+  }
   static constexpr int kMost = kChunkSharedBytes;
-  static constexpr int kStages = 3 * (kStageBytes + kFactorBytes + 8) + kGroups * kGroupBytes <= kMost ? 3 : 2;
+  static constexpr int kStages = bytes_with(3) <= kMost ? 3 : bytes_with(2) <= kMost ? 2 : 1;
+  using Barriers = ScanBarriers<kGroups, kStages>;
   static constexpr int kGroupsAt = kStages * kStageBytes;
   static constexpr int kFactorsAt = kGroupsAt + kGroups * kGroupBytes;
   static constexpr int kBarriersAt = kFactorsAt + kStages * kFactorBytes;
-  static constexpr int kBytes = kBarriersAt + 8 * kStages;
-  // What comes in bulk for a stage.
+  static constexpr int kBytes = kBarriersAt + sizeof(Barriers);
+  // What comes in bulk for a stage, besides values.
   static constexpr int kBulkBytes = kValuesAt + kFactorBytes;
   static_assert(kBytes <= kMost);
 };
@@ -77,39 +83,53 @@ struct ScanStage {
   TileView<T, kTokens, kTokens> inverse, scores;
   TileView<T, kTokens, Memory::kColumns> values;
   float* factors;
-  BulkBarrier* barrier;
 
   __device__ ScanStage(char* memory, int stage) {
-    const uint32_t base = shared_address(memory) + stage * Memory::kStageBytes;
-    keys.base = base;
-    queries.base = base + Memory::Rows::kBytes;
-    inverse.base = base + Memory::kMatrixAt;
+    keys.base = shared_address(memory) + stage * Memory::kStageBytes;
+    queries.base = keys.base + Memory::Rows::kBytes;
+    inverse.base = keys.base + Memory::kMatrixAt;
     scores.base = inverse.base + Memory::Matrix::kBytes;
-    values.base = base + Memory::kValuesAt;
+    values.base = keys.base + Memory::kValuesAt;
     factors = reinterpret_cast<float*>(memory + Memory::kFactorsAt + stage * Memory::kFactorBytes);
-    barrier = reinterpret_cast<BulkBarrier*>(memory + Memory::kBarriersAt) + stage;
   }
 };
 
-// By all threads, before anything else is done with the stages.
-template <class Stage, int kStages>
-__device__ __forceinline__ void init_stages(char* memory) {
+// The barriers, ready for use. By all threads, before anything else. `readers`: warpgroups of each group that read
+// stages.
+template <class Memory, int kGroups>
+__device__ __forceinline__ typename Memory::Barriers& init_barriers(char* memory, int readers) {
+  constexpr int kWarps = kWarpgroup / 32;
+  auto& barriers = *reinterpret_cast<typename Memory::Barriers*>(memory + Memory::kBarriersAt);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) init_barrier(*Stage(memory, i).barrier);
+    for (int stage = 0; stage < Memory::kStages; ++stage) {
+      init_barrier(barriers.full[stage], kFetchArrivals<kWarpgroup>);
+      init_barrier(barriers.empty[stage], kWarps * readers * kGroups);
+    }
+    for (int group = 0; group < kGroups; ++group) {
+      init_barrier(barriers.state_ready[group], kWarps);
+      init_barrier(barriers.state_taken[group], kWarps);
+      init_barrier(barriers.values_ready[group], kWarps);
+      init_barrier(barriers.values_taken[group], kWarps);
+      init_barrier(barriers.rows[group], kWarps);
+    }
+    publish_barriers();
   }
   __syncthreads();
+  return barriers;
 }
 
-// What a group hands over: the state [64 of V, K], a tile [64 of V, kTokens] and one [kTokens, 64 of V].
+// What a group hands over, the state [64 of V, K] and a tile [64 of V, kTokens], and what it writes, [kTokens, 64 of
+// V].
 template <class Memory, typename T, int kKeys>
 struct ScanPassed {
   TileView<T, kTokens, kKeys> state;
-  TileView<T, kTokens, kTokens> values, more;
+  TileView<T, kTokens, kTokens> values;
+  TileView<T, kTokens, kGroupColumns> rows;
 
   __device__ ScanPassed(char* memory, int group) {
     state.base = shared_address(memory) + Memory::kGroupsAt + group * Memory::kGroupBytes;
-    values.base = state.base + Memory::Rows::kBytes;
-    more.base = values.base + Memory::Matrix::kBytes;
+    values.base = state.base + Memory::kPassedValuesAt;
+    rows.base = state.base + Memory::kPassedRowsAt;
   }
 };
 
@@ -177,45 +197,87 @@ struct ScanPlace {
   }
 };
 
-// The chunk's images and factors to a stage.
-template <class Memory, typename T, int kKeys>
-__device__ __forceinline__ void fetch_prepared(const ScanStage<Memory, T, kKeys>& stage, const Prepared& prepared,
-                                               int64_t key_unit, int64_t unit, unsigned thread) {
-  const auto fetch = [&](uint32_t shared, const void* images, int64_t image, int bytes) {
-    fetch_bytes<kWarpgroup>(shared, static_cast<const char*>(images) + image * bytes, bytes, *stage.barrier, thread);
-  };
-  expect_bytes(*stage.barrier, Memory::kBulkBytes, thread);
-  fetch(stage.keys.base, prepared.keys, key_unit, Memory::Rows::kBytes);
-  if constexpr (Memory::kBothKinds) fetch(stage.queries.base, prepared.queries, key_unit, Memory::Rows::kBytes);
-  fetch(stage.inverse.base, prepared.inverse, unit, Memory::Matrix::kBytes);
-  if constexpr (Memory::kBothKinds) fetch(stage.scores.base, prepared.scores, unit, Memory::Matrix::kBytes);
-  fetch_bytes<kWarpgroup>(shared_address(stage.factors), prepared.factors + unit * (kFactors * kTokens),
-                          Memory::kFactorBytes, *stage.barrier, thread);
-}
+// The stages in turn, each with the number of times it was used before.
+template <int kStages>
+struct Turn {
+  int stage = 0;
+  int phase = 0;
 
-// The fetching warpgroup's work: calls fetch(step, stage) for all chunks in their order, and says when the copies that
-// its threads themselves make have come.
-template <class Team, int kStages, class Fetch>
-__device__ __forceinline__ void fetch_all(int64_t chunks, Fetch fetch) {
-  constexpr int kUnderWay = kStages - 2;  // besides the last one
-  // Without publish_shared(), which would wait for the copies under way too: no product reads the tile as an operand in
-  // shared memory.
-  const auto publish = [](int64_t step) { arrive_at(Team::full(step % kStages), Team::kAll); };
-  for (int64_t step = 0; step < chunks; ++step) {
-    if (step >= kStages) meet_at(Team::empty(step % kStages), Team::kAll);
-    fetch(step, static_cast<int>(step % kStages));
-    commit_copies();
-    wait_for_copies<kUnderWay>();
-    if (step >= kUnderWay) publish(step - kUnderWay);
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      ++phase;
+    }
   }
-  wait_for_copies<0>();
-  for (int64_t step = max(chunks - kUnderWay, int64_t{0}); step < chunks; ++step) publish(step);
+};
+
+// Rows of tokens that a scan reads or writes, [B, T, Hv, V].
+struct ScanRows {
+  CUtensorMap map;  // boxes of 64 tokens by 64 columns
+  bool boxed;       // there is a map
+};
+
+// The fetching warpgroup's work: all chunks, one after another, from the first on or backwards.
+template <class Memory, typename T, int kKeys, int kGroups>
+__device__ __forceinline__ void fetch_chunks(char* memory, typename Memory::Barriers& barriers,
+                                             const ScanPlace<kGroups>& place, const ChunkParams& p,
+                                             const TokenTensor& values, const ScanRows& boxes, bool backwards) {
+  const Inputs& in = p.inputs;
+  const T* const first = place.template first_row<T>(values, place.head, place.block_column);
+  const unsigned thread = place.thread;
+  Turn<Memory::kStages> turn;
+  for (int64_t step = 0; step < place.chunks; ++step, turn.next()) {
+    const int64_t index = backwards ? place.chunks - 1 - step : step;
+    const ScanStage<Memory, T, kKeys> stage(memory, turn.stage);
+    const Chunk chunk = place.chunk(index);
+    // A box would bring the next sequence's rows too.
+    const bool boxed = kHasTensorMaps && boxes.boxed && chunk.tokens == kTokens;
+    Barrier& full = barriers.full[turn.stage];
+    if (turn.phase > 0) wait_at(barriers.empty[turn.stage], turn.phase - 1);
+    const auto fetch = [&](uint32_t shared, const void* images, int64_t image, int bytes) {
+      fetch_bytes<kWarpgroup>(shared, static_cast<const char*>(images) + image * bytes, bytes, full, thread);
+    };
+    const int64_t key_unit = place.key_unit(in, index), unit = place.unit(in, index);
+    expect_bytes(full, Memory::kBulkBytes + (boxed ? Memory::Values::kBytes : 0), thread);
+    fetch(stage.keys.base, p.prepared.keys, key_unit, Memory::Rows::kBytes);
+    if (!boxed) {
+      fetch_tile<kWarpgroup>(
+          stage.values,
+          place.rows(first, values, index, static_cast<int>(in.value_dim) - place.block_column, p.aligned), thread);
+    } else if (thread == 0) {
+#pragma unroll
+      for (int panel = 0; panel < kGroups; ++panel) {
+        fetch_box(stage.values.base + panel * Memory::Values::kPanelBytes, boxes.map,
+                  place.block_column + panel * kGroupColumns, static_cast<int>(chunk.token),
+                  static_cast<int>(place.head), static_cast<int>(chunk.batch), full);
+      }
+    }
+    fetch(stage.inverse.base, p.prepared.inverse, unit, Memory::Matrix::kBytes);
+    fetch_bytes<kWarpgroup>(shared_address(stage.factors), p.prepared.factors + unit * (kFactors * kTokens),
+                            Memory::kFactorBytes, full, thread);
+    if constexpr (Memory::kBothKinds) {
+      fetch(stage.queries.base, p.prepared.queries, key_unit, Memory::Rows::kBytes);
+      fetch(stage.scores.base, p.prepared.scores, unit, Memory::Matrix::kBytes);
+    }
+    arrive_fetched(full, !boxed);
+  }
 }
 
 // A factor of the two tokens that a lane has of a tile of eight.
 __device__ inline float2 factor_pair(const float* factors, Factor factor, int tile) {
   return *reinterpret_cast<const float2*>(&factors[factor * kTokens + tile * 8 + threadIdx.x % 4 * 2]);
 }
+
+// The same of all of a chunk's tokens: to be loaded while a product is under way.
+struct FactorPairs {
+  float2 tiles[kTokens / 8];
+
+  __device__ __forceinline__ FactorPairs(const float* factors, Factor factor) {
+#pragma unroll
+    for (int tile = 0; tile < kTokens / 8; ++tile) tiles[tile] = factor_pair(factors, factor, tile);
+  }
+  __device__ __forceinline__ float2 operator()(int tile) const { return tiles[tile]; }
+};
 
 __device__ inline float chunk_decay(const float* factors) {
   return exp2_fast(factors[kLogDecay * kTokens + kTokens - 1]);
@@ -266,21 +328,29 @@ __device__ inline void store_columns(const TileView<T, kTokens, kGroupColumns>& 
   for (int k = 0; k < kTokens / 16; ++k) tile.store_columns_first(x[k], k * 16, column);
 }
 
-// A group's tile to its place, `column`, in the chunk's rows of a dense [B, T, Hv, V].
+// A group's rows to their place, `column`, in a dense [B, T, Hv, V].
 template <typename T>
-__device__ __forceinline__ void store_tokens(void* output, const TileView<T, kTokens, kGroupColumns>& tile,
-                                             const Inputs& in, const Chunk& chunk, int64_t head, int column,
-                                             unsigned thread) {
+__device__ __forceinline__ void store_tokens(void* output, const ScanRows& boxes,
+                                             const TileView<T, kTokens, kGroupColumns>& rows, const Inputs& in,
+                                             const Chunk& chunk, int64_t head, int column, unsigned thread) {
+  if (column >= in.value_dim) return;
+  if (kHasTensorMaps && boxes.boxed && chunk.tokens == kTokens) {
+    if (thread == 0) {
+      store_box(boxes.map, column, static_cast<int>(chunk.token), static_cast<int>(head), static_cast<int>(chunk.batch),
+                rows.base);
+    }
+    return;
+  }
   constexpr unsigned kPieces = kGroupColumns / 8, kRowStep = kWarpgroup / kPieces;
   const unsigned part = thread % kPieces * 8;
   if (column + static_cast<int>(part) >= in.value_dim) return;
   const int64_t pitch = in.value_heads * in.value_dim;
   T* target = static_cast<T*>(output) + (chunk.batch * in.sequences.tokens + chunk.token + thread / kPieces) * pitch +
               head * in.value_dim + column + part;
-#pragma unroll
-  for (unsigned row = thread / kPieces; row < kTokens; row += kRowStep, target += kRowStep * pitch) {
-    const uint4 piece = load_shared(tile.address(row, part));
-    if (row < static_cast<unsigned>(chunk.tokens)) *reinterpret_cast<uint4*>(target) = piece;
+#pragma unroll 1
+  for (unsigned row = thread / kPieces; row < static_cast<unsigned>(chunk.tokens);
+       row += kRowStep, target += kRowStep * pitch) {
+    *reinterpret_cast<uint4*>(target) = load_shared(rows.address(row, part));
   }
 }
 
@@ -290,7 +360,7 @@ __device__ inline void store_image(void* images, int64_t unit, uint32_t tile, co
                                    unsigned thread) {
   if (column >= in.value_dim) return;
   const int64_t slice = unit * value_slices(in) + column / kSlice;
-  store_bytes<kWarpgroup>(static_cast<char*>(images) + slice * Image::kBytes, tile, Image::kBytes, thread);
+  store_bytes_bulk<kWarpgroup>(static_cast<char*>(images) + slice * Image::kBytes, tile, Image::kBytes, thread);
 }
 
 }  // namespace inlay::gdn::cuda

@@ -19,10 +19,11 @@ struct ScanBackwardParams {
   OutputTensor dv;  // [B, T, Hv, V] T
   void* w;          // BackwardScratch::w
   void* dstates;    // BackwardScratch::dstates
+  ScanRows dout_rows, dv_rows;
 };
 
 template <typename T, int kKeys, int kGroups>
-using ScanBackwardMemory = ScanMemory<T, kKeys, kGroups, true, 2>;
+using ScanBackwardMemory = ScanMemory<T, kKeys, kGroups, true, true>;
 
 template <typename T, int kKeys, int kGroups>
 __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
@@ -38,29 +39,24 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
   char* const memory = dynamic_shared();
   const ScanPassed<Memory, T, kKeys> passed(memory, place.group);
   const int64_t last = place.chunks - 1;
+  auto& barriers = init_barriers<Memory, kGroups>(memory, 1);
+  Turn<Memory::kStages> turn;
 
-  init_stages<Stage, Memory::kStages>(memory);
   if (place.role == Role::fetch) {
     leave_registers<Team::kFetchRegisters>();
-    const T* const dout = place.template first_row<T>(p.dout, place.head, place.block_column);
-    fetch_all<Team, Memory::kStages>(place.chunks, [&](int64_t step, int stage_number) {
-      const Stage stage(memory, stage_number);
-      const int64_t index = last - step;
-      fetch_prepared(stage, p.chunk.prepared, place.key_unit(in, index), place.unit(in, index), place.thread);
-      fetch_tile<kWarpgroup>(
-          stage.values, place.rows(dout, p.dout, index, values - place.block_column, p.chunk.aligned), place.thread);
-    });
+    fetch_chunks<Memory, T, kKeys>(memory, barriers, place, p.chunk, p.dout, p.dout_rows, true);
   } else if (place.role == Role::carry) {
     take_registers<Team::kCarryRegisters>();
     StateColumns<kKeys> gradient;
     gradient.load(p.dfinal_state, p.dfinal_state.offset(place.sequence_number, place.head), keys, values,
                   place.column());
-    for (int64_t step = 0; step < place.chunks; ++step) {
-      const int stage_number = static_cast<int>(step % Memory::kStages);
-      const Stage stage(memory, stage_number);
-      meet_at(Team::full(stage_number), Team::kAll);
-      wait_for_bytes(*stage.barrier, step / Memory::kStages);
+    Barrier &state_ready = barriers.state_ready[place.group], &state_taken = barriers.state_taken[place.group];
+    Barrier &values_ready = barriers.values_ready[place.group], &values_taken = barriers.values_taken[place.group];
+    for (int64_t step = 0; step < place.chunks; ++step, turn.next()) {
+      const Stage stage(memory, turn.stage);
+      wait_at(barriers.full[turn.stage], turn.phase);
 
+      Fragment x[kTokens / 16], dout[kTokens / 16];
       Accumulator du[kTokens / 8];  // the gradient of u
       {
         Fragment s[kKeys / 16];
@@ -71,25 +67,25 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
           multiply_by_rows<kTokens / 8>(du, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
         }
         commit_products();
-        meet_at(Team::state_taken(place.group), Team::kPair);
+        if (step > 0) wait_at(state_taken, step - 1);
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) passed.state.store_rows_first(s[k], place.warp * 16, k * 16);
-        arrive_at(Team::state_ready(place.group), Team::kPair);
+        publish_shared();
+        arrive_as_warp(state_ready);
         gradient.scale(chunk_decay(stage.factors));
+#pragma unroll
+        for (int k = 0; k < kTokens / 16; ++k) {
+          stage.values.template load_columns_first<true>(dout[k], k * 16, place.tile_column());
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 query_in = factor_pair(stage.factors, kQueryIn, 2 * k + i / 2);
+            float low, high;
+            unpack_pair<T>(dout[k][i], low, high);
+            x[k][i] = pack_pair<T>(low * query_in.x, high * query_in.y);
+          }
+        }
         wait_for_products<0>();
         keep(du);
-      }
-      Fragment x[kTokens / 16], dout[kTokens / 16];
-#pragma unroll
-      for (int k = 0; k < kTokens / 16; ++k) {
-        stage.values.template load_columns_first<true>(dout[k], k * 16, place.tile_column());
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 query_in = factor_pair(stage.factors, kQueryIn, 2 * k + i / 2);
-          float low, high;
-          unpack_pair<T>(dout[k][i], low, high);
-          x[k][i] = pack_pair<T>(low * query_in.x, high * query_in.y);
-        }
       }
       scale_tokens(du, stage.factors, kKeyOut);
       begin_products();
@@ -120,15 +116,16 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       begin_products();
       gradient.template start_adding<T>(x, stage.keys);
       commit_products();
-      meet_at(Team::values_taken(place.group), Team::kPair);
+      if (step > 0) wait_at(values_taken, step - 1);
       round_plain<T>(dout, w);
       store_rows(passed.values, place.warp, dout);
       round_scaled<T>(dout, w, [&](int tile) { return factor_pair(stage.factors, kBeta, tile); });
-      store_columns(passed.more, place.warp * 16, dout);
-      arrive_at(Team::values_ready(place.group), Team::kPair);
+      store_columns(passed.rows, place.warp * 16, dout);
+      publish_shared();
+      arrive_as_warp(values_ready);
       wait_for_products<0>();
       keep(gradient.tiles);
-      if (step + Memory::kStages < place.chunks) arrive_at(Team::empty(stage_number), Team::kAll);
+      arrive_as_warp(barriers.empty[turn.stage]);
     }
     if (p.dinitial_state.data) {
       gradient.store(p.dinitial_state, p.dinitial_state.offset(place.sequence_number, place.head), keys, values,
@@ -136,25 +133,21 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
     }
   } else {
     if constexpr (kGroups == 2) leave_registers<Team::kPassOnRegisters>();
+    Barrier &state_ready = barriers.state_ready[place.group], &state_taken = barriers.state_taken[place.group];
+    Barrier &values_ready = barriers.values_ready[place.group], &values_taken = barriers.values_taken[place.group];
     for (int64_t step = 0; step < place.chunks; ++step) {
-      const int stage_number = static_cast<int>(step % Memory::kStages);
       const Chunk chunk = place.chunk(last - step);
-      if (step == 0) {
-        arrive_at(Team::state_taken(place.group), Team::kPair);
-        arrive_at(Team::values_taken(place.group), Team::kPair);
-      }
-      const bool more = step + 1 < place.chunks;
-      meet_at(Team::full(stage_number), Team::kAll);
-      if (step + Memory::kStages < place.chunks) arrive_at(Team::empty(stage_number), Team::kAll);
-      meet_at(Team::state_ready(place.group), Team::kPair);
+      wait_at(state_ready, step);
       const int column = place.block_column + place.group_column;
       const int64_t unit = place.unit(in, last - step);
       store_image<typename Memory::Rows>(p.dstates, unit, passed.state.base, in, column, place.thread);
-      if (more) arrive_at(Team::state_taken(place.group), Team::kPair);
-      meet_at(Team::values_ready(place.group), Team::kPair);
+      wait_for_stores();
+      arrive_as_warp(state_taken);
+      wait_at(values_ready, step);
       store_image<typename Memory::Matrix>(p.w, unit, passed.values.base, in, column, place.thread);
-      store_tokens(p.dv.data, passed.more, in, chunk, place.head, column, place.thread);
-      if (more) arrive_at(Team::values_taken(place.group), Team::kPair);
+      store_tokens(p.dv.data, p.dv_rows, passed.rows, in, chunk, place.head, column, place.thread);
+      wait_for_stores();
+      arrive_as_warp(values_taken);
     }
   }
 }

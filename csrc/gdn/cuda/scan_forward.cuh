@@ -10,26 +10,13 @@ struct ScanParams {
   StateTensor final_state;  // or not wanted
   OutputTensor o;           // [B, T, Hv, V] T; for the states: BackwardScratch::u
   void* states;             // BackwardScratch::states
+  ScanRows v_rows, o_rows;
 };
 
 enum class Scan { outputs, states };
 
 template <typename T, int kKeys, int kGroups, Scan kScan>
-using ScanForwardMemory = ScanMemory<T, kKeys, kGroups, kScan == Scan::outputs, 1>;
-
-// Four 8x8 matrices, of tokens [0, 8) and columns [0, 8), [8, 16), then of tokens [8, 16), to their place in the
-// chunk's rows of a dense [B, T, Hv, V], 16 bytes a lane.
-template <typename T>
-__device__ inline void store_matrices(T* output, Fragment& r, int row, const Inputs& in, const Chunk& chunk,
-                                      int64_t head, int column) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, token = row + t / 2 * 8 + g;
-  transpose_quad(r);
-  column += t % 2 * 8;
-  if (token < chunk.tokens && column < in.value_dim) {
-    const int64_t at = (chunk.batch * in.sequences.tokens + chunk.token + token) * in.value_heads + head;
-    *reinterpret_cast<uint4*>(output + at * in.value_dim + column) = uint4{r[0], r[1], r[2], r[3]};
-  }
-}
+using ScanForwardMemory = ScanMemory<T, kKeys, kGroups, kScan == Scan::outputs, kScan == Scan::outputs>;
 
 template <typename T, int kKeys, int kGroups, Scan kScan>
 __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(const __grid_constant__ ScanParams p) {
@@ -44,28 +31,24 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
   const ScanPlace<kGroups> place(in);
   char* const memory = dynamic_shared();
   const ScanPassed<Memory, T, kKeys> passed(memory, place.group);
+  auto& barriers = init_barriers<Memory, kGroups>(memory, kOutputs ? 2 : 1);
+  Turn<Memory::kStages> turn;
 
-  init_stages<Stage, Memory::kStages>(memory);
   if (place.role == Role::fetch) {
     leave_registers<Team::kFetchRegisters>();
-    const T* const v = place.template first_row<T>(in.v, place.head, place.block_column);
-    fetch_all<Team, Memory::kStages>(place.chunks, [&](int64_t index, int stage_number) {
-      const Stage stage(memory, stage_number);
-      fetch_prepared(stage, p.chunk.prepared, place.key_unit(in, index), place.unit(in, index), place.thread);
-      fetch_tile<kWarpgroup>(stage.values, place.rows(v, in.v, index, values - place.block_column, p.chunk.aligned),
-                             place.thread);
-    });
+    fetch_chunks<Memory, T, kKeys>(memory, barriers, place, p.chunk, in.v, p.v_rows, false);
   } else if (place.role == Role::carry) {
     take_registers<Team::kCarryRegisters>();
     StateColumns<kKeys> state;  // of S^T: rows are columns of S
     state.load(in.initial_state, in.initial_state.offset(place.sequence_number, place.head), keys, values,
                place.column());
-    for (int64_t index = 0; index < place.chunks; ++index) {
-      const int stage_number = static_cast<int>(index % Memory::kStages);
-      const Stage stage(memory, stage_number);
-      meet_at(Team::full(stage_number), Team::kAll);
-      wait_for_bytes(*stage.barrier, index / Memory::kStages);
+    Barrier &state_ready = barriers.state_ready[place.group], &state_taken = barriers.state_taken[place.group];
+    Barrier &values_ready = barriers.values_ready[place.group], &values_taken = barriers.values_taken[place.group];
+    for (int64_t index = 0; index < place.chunks; ++index, turn.next()) {
+      const Stage stage(memory, turn.stage);
+      wait_at(barriers.full[turn.stage], turn.phase);
 
+      Fragment x[kTokens / 16];  // first v, then the right side of the system, then u
       Accumulator read[kTokens / 8];
       {
         Fragment s[kKeys / 16];
@@ -76,26 +59,27 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
           multiply_by_rows<kTokens / 8>(read, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
         }
         commit_products();
-        meet_at(Team::state_taken(place.group), Team::kPair);
+        if (index > 0) wait_at(state_taken, index - 1);
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) passed.state.store_rows_first(s[k], place.warp * 16, k * 16);
         publish_shared();
-        arrive_at(Team::state_ready(place.group), Team::kPair);
+        arrive_as_warp(state_ready);
+#pragma unroll
+        for (int k = 0; k < kTokens / 16; ++k) {
+          stage.values.template load_columns_first<true>(x[k], k * 16, place.tile_column());
+        }
         wait_for_products<0>();
         keep(read);
       }
-      Fragment x[kTokens / 16];  // first the right side of the system, then u
 #pragma unroll
       for (int k = 0; k < kTokens / 16; ++k) {
-        Fragment v;
-        stage.values.template load_columns_first<true>(v, k * 16, place.tile_column());
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int tile = 2 * k + i / 2;
           const float2 key_in = factor_pair(stage.factors, kKeyIn, tile);
           const float2 beta = factor_pair(stage.factors, kBeta, tile);
           float low, high;
-          unpack_pair<T>(v[i], low, high);
+          unpack_pair<T>(x[k][i], low, high);
           x[k][i] = pack_pair<T>(beta.x * (low - key_in.x * read[tile][i % 2 * 2]),
                                  beta.y * (high - key_in.y * read[tile][i % 2 * 2 + 1]));
         }
@@ -108,40 +92,37 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       }
       commit_products();
       state.scale(chunk_decay(stage.factors));
+      const FactorPairs key_out(stage.factors, kKeyOut);
       wait_for_products<0>();
       keep(u);
       Fragment written[kTokens / 16];
-      round_scaled<T>(written, u, [&](int tile) { return factor_pair(stage.factors, kKeyOut, tile); });
+      round_scaled<T>(written, u, key_out);
       begin_products();
       state.template start_adding<T>(written, stage.keys);
       commit_products();
       round_plain<T>(x, u);
-      meet_at(Team::values_taken(place.group), Team::kPair);
+      if (index > 0) wait_at(values_taken, index - 1);
       store_rows(passed.values, place.warp, x);
       publish_shared();
-      arrive_at(Team::values_ready(place.group), Team::kPair);
+      arrive_as_warp(values_ready);
       wait_for_products<0>();
       keep(state.tiles);
-      if (index + Memory::kStages < place.chunks) arrive_at(Team::empty(stage_number), Team::kAll);
+      arrive_as_warp(barriers.empty[turn.stage]);
     }
     if (p.final_state.data) {
       state.store(p.final_state, p.final_state.offset(place.sequence_number, place.head), keys, values, place.column());
     }
   } else {
     if constexpr (kGroups == 2) leave_registers<Team::kPassOnRegisters>();
-    for (int64_t index = 0; index < place.chunks; ++index) {
-      const int stage_number = static_cast<int>(index % Memory::kStages);
-      const Stage stage(memory, stage_number);
+    Barrier &state_ready = barriers.state_ready[place.group], &state_taken = barriers.state_taken[place.group];
+    Barrier &values_ready = barriers.values_ready[place.group], &values_taken = barriers.values_taken[place.group];
+    for (int64_t index = 0; index < place.chunks; ++index, turn.next()) {
+      const Stage stage(memory, turn.stage);
       const Chunk chunk = place.chunk(index);
-      if (index == 0) {
-        arrive_at(Team::state_taken(place.group), Team::kPair);
-        arrive_at(Team::values_taken(place.group), Team::kPair);
-      }
-      const bool more = index + 1 < place.chunks;
-      meet_at(Team::full(stage_number), Team::kAll);
-      wait_for_bytes(*stage.barrier, index / Memory::kStages);
-      meet_at(Team::state_ready(place.group), Team::kPair);
+      const int column = place.block_column + place.group_column;
       if constexpr (kOutputs) {
+        wait_at(barriers.full[turn.stage], turn.phase);
+        wait_at(state_ready, index);
         Accumulator o[kTokens / 8];
         begin_products();
 #pragma unroll
@@ -150,11 +131,13 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
                                         k == 0);
         }
         commit_products();
+        wait_for_stores();  // of the last chunk's rows
+        arrive_as_warp(barriers.rows[place.group]);
         wait_for_products<0>();
         keep(o);
-        if (more) arrive_at(Team::state_taken(place.group), Team::kPair);
+        arrive_as_warp(state_taken);
         scale_tokens(o, stage.factors, kQueryIn);
-        meet_at(Team::values_ready(place.group), Team::kPair);
+        wait_at(values_ready, index);
         begin_products();
 #pragma unroll
         for (int k = 0; k < kTokens / 16; ++k) {
@@ -163,28 +146,29 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         commit_products();
         wait_for_products<0>();
         keep(o);
-        if (more) arrive_at(Team::values_taken(place.group), Team::kPair);
-        if (index + Memory::kStages < place.chunks) arrive_at(Team::empty(stage_number), Team::kAll);
-        // From registers: through shared memory it takes fewer instructions, and a fifth longer.
+        arrive_as_warp(values_taken);
+        arrive_as_warp(barriers.empty[turn.stage]);
         Fragment x[kTokens / 16];
         round_plain<T>(x, o);
-#pragma unroll
-        for (int k = 0; k < kTokens / 16; ++k) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) x[k][i] = transpose_matrix(x[k][i]);
-          store_matrices(static_cast<T*>(p.o.data), x[k], k * 16, in, chunk, place.head, place.column());
-        }
+        wait_at(barriers.rows[place.group], 2 * index);
+        store_columns(passed.rows, place.warp * 16, x);
+        publish_shared();
+        arrive_as_warp(barriers.rows[place.group]);
+        wait_at(barriers.rows[place.group], 2 * index + 1);
+        store_tokens(p.o.data, p.o_rows, passed.rows, in, chunk, place.head, column, place.thread);
       } else {
-        if (index + Memory::kStages < place.chunks) arrive_at(Team::empty(stage_number), Team::kAll);
-        const int column = place.block_column + place.group_column;
         const int64_t unit = place.unit(in, index);
+        wait_at(state_ready, index);
         store_image<typename Memory::Rows>(p.states, unit, passed.state.base, in, column, place.thread);
-        if (more) arrive_at(Team::state_taken(place.group), Team::kPair);
-        meet_at(Team::values_ready(place.group), Team::kPair);
+        wait_for_stores();
+        arrive_as_warp(state_taken);
+        wait_at(values_ready, index);
         store_image<typename Memory::Matrix>(p.o.data, unit, passed.values.base, in, column, place.thread);
-        if (more) arrive_at(Team::values_taken(place.group), Team::kPair);
+        wait_for_stores();
+        arrive_as_warp(values_taken);
       }
     }
+    wait_for_stores();
   }
 }
 
