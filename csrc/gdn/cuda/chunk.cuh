@@ -14,6 +14,7 @@
 #pragma once
 
 #include "common/cuda/launch.cuh"
+#include "common/cuda/tensor_map.cuh"
 #include "common/cuda/tile.cuh"
 #include "gdn/cuda/scratch.h"
 
@@ -62,6 +63,23 @@ __device__ inline TileSource<T> rows_of(const TokenTensor& tensor, const Chunk& 
                                         bool aligned) {
   const T* const first = static_cast<const T*>(tensor.data) + tensor.offset(chunk.batch, chunk.token, head);
   return {first, tensor.token_stride, chunk.tokens, columns, aligned};
+}
+
+inline constexpr int kWarpgroup = 128;
+
+// Rows of a tensor [B, T, H, D] as boxes of 64 tokens by 64 columns.
+struct TokenRows {
+  CUtensorMap map;
+  bool boxed;  // there is a map
+};
+
+// A panel of a tile, by one thread. For whole chunks only: a box would bring the next sequence's rows too.
+template <typename T, int kColumns>
+__device__ __forceinline__ void fetch_panel(const TileView<T, kTokens, kColumns>& tile, int panel,
+                                            const TokenRows& rows, int column, const Chunk& chunk, int64_t head,
+                                            Barrier& barrier) {
+  fetch_box(tile.base + panel * Tile<T, kTokens, kColumns>::kPanelBytes, rows.map, column,
+            static_cast<int>(chunk.token), static_cast<int>(head), static_cast<int>(chunk.batch), barrier);
 }
 
 // Lane 4 g + t hands its word i to lane 4 g + i, which puts it at t.

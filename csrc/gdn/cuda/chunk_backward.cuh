@@ -15,10 +15,10 @@ void chunk_backward(const BackwardParams& params, void* stream) {
   const bool aligned = aligned_rows(in.q) && aligned_rows(in.k) && aligned_rows(in.v) && aligned_rows(params.dout);
   const ChunkParams chunk{in, scratch.prepared, aligned};
   prepare<T, kKeys>(chunk, stream);
-  const ScanParams states{chunk, {}, {scratch.u, in.q.dtype}, scratch.states, scan_rows(in.v, in), {}};
+  const ScanParams states{chunk, {}, {scratch.u, in.q.dtype}, scratch.states, value_rows(in.v, in), {}};
   const ScanBackwardParams back{
-      chunk,     params.dout,     params.dfinal_state,        params.dinitial_state,   params.dv,
-      scratch.w, scratch.dstates, scan_rows(params.dout, in), scan_rows(params.dv, in)};
+      chunk,     params.dout,     params.dfinal_state,         params.dinitial_state,    params.dv,
+      scratch.w, scratch.dstates, value_rows(params.dout, in), value_rows(params.dv, in)};
   with_scan_groups<kKeys>(in, [&](auto groups) {
     constexpr int kGroups = decltype(groups)::value;
     start_scan<scan_kernel<T, kKeys, kGroups, Scan::states>, kGroups,

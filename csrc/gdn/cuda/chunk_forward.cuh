@@ -13,8 +13,8 @@ void chunk_forward(const ForwardParams& params, void* stream) {
                      params.final_state,
                      params.o,
                      nullptr,
-                     scan_rows(in.v, in),
-                     scan_rows(params.o, in)};
+                     value_rows(in.v, in),
+                     value_rows(params.o, in)};
   prepare<T, kKeys>(p.chunk, stream);
   with_scan_groups<kKeys>(in, [&](auto groups) {
     constexpr int kGroups = decltype(groups)::value;

@@ -8,33 +8,40 @@
 
 namespace inlay::gdn::cuda {
 
+inline TokenRows token_rows(const TokenTensor& tensor, const Inputs& in, int64_t heads, int64_t columns) {
+  const int64_t batch = in.sequences.offsets ? 1 : in.sequences.count;
+  const BoxedTensor boxes{tensor, batch, in.sequences.tokens, heads, columns, kTokens};
+  TokenRows rows{};
+  rows.boxed = has_tensor_maps() && fits_tensor_map(boxes);
+  if (rows.boxed) rows.map = make_tensor_map(boxes);
+  return rows;
+}
+
+// Of a tensor [B, T, Hv, V].
+inline TokenRows value_rows(const TokenTensor& tensor, const Inputs& in) {
+  return token_rows(tensor, in, in.value_heads, in.value_dim);
+}
+
+inline TokenRows value_rows(const OutputTensor& dense, const Inputs& in) {
+  const int64_t row = in.value_heads * in.value_dim;
+  return value_rows(TokenTensor{dense.data, dense.dtype, in.sequences.tokens * row, row, in.value_dim}, in);
+}
+
 template <typename T, int kKeys>
 void prepare(const ChunkParams& p, void* stream) {
-  const int64_t blocks = p.inputs.sequences.chunk_bound(kChunk) * p.inputs.key_heads;
-  if (blocks == 0 || p.inputs.sequences.tokens == 0) return;
+  const Inputs& in = p.inputs;
+  const int64_t blocks = in.sequences.chunk_bound(kChunk) * in.key_heads;
+  if (blocks == 0 || in.sequences.tokens == 0) return;
+  const PrepareParams params{p, token_rows(in.q, in, in.key_heads, in.key_dim),
+                             token_rows(in.k, in, in.key_heads, in.key_dim)};
   start<prepare_kernel<T, kKeys>, kPrepareThreads, PrepareMemory<T, kKeys>::kBytes>(
-      p, dim3(static_cast<unsigned>(blocks)), stream);
+      params, dim3(static_cast<unsigned>(blocks)), stream);
 }
 
 template <int kGroups>
 unsigned scan_blocks(const Inputs& in) {
   const int64_t parts = (in.value_dim + kGroups * kGroupColumns - 1) / (kGroups * kGroupColumns);
   return static_cast<unsigned>(in.sequences.count * in.value_heads * parts);
-}
-
-// Of a tensor [B, T, Hv, V].
-inline ScanRows scan_rows(const TokenTensor& tensor, const Inputs& in) {
-  const int64_t batch = in.sequences.offsets ? 1 : in.sequences.count;
-  const BoxedTensor boxes{tensor, batch, in.sequences.tokens, in.value_heads, in.value_dim, kTokens};
-  ScanRows rows{};
-  rows.boxed = has_tensor_maps() && fits_tensor_map(boxes);
-  if (rows.boxed) rows.map = make_tensor_map(boxes);
-  return rows;
-}
-
-inline ScanRows scan_rows(const OutputTensor& dense, const Inputs& in) {
-  const int64_t row = in.value_heads * in.value_dim;
-  return scan_rows(TokenTensor{dense.data, dense.dtype, in.sequences.tokens * row, row, in.value_dim}, in);
 }
 
 template <auto Kernel, int kGroups, int kBytes, typename Params>

@@ -2,7 +2,8 @@
 // forward substitution, the rest by
 //   [A 0; M B]^-1 = [A^-1 0; -B^-1 M A^-1 B^-1]
 // from 16 to 32 to 64. A series in M would lose all digits for keys that resemble each other. The products are of tf32
-// values, which have at least as many digits as the result has when it is rounded to 16 bits.
+// values, which have at least as many digits as the result has when it is rounded to 16 bits: whatever lies outside of
+// the blocks on the diagonal must be such values, and so are all of the result's.
 #pragma once
 
 #include "common/cuda/mma.cuh"
@@ -25,8 +26,8 @@ __device__ inline void load_a(BlockA& a, const float* matrix, int row, int colum
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float* const pair = &matrix[(row + half * 8 + g) * kInverseStride + column + step * 8 + 2 * t];
-      a[step][half] = round_to_tf32(pair[0]);
-      a[step][2 + half] = round_to_tf32(pair[1]);
+      a[step][half] = pair[0];
+      a[step][2 + half] = pair[1];
     }
   }
 }
@@ -38,8 +39,8 @@ __device__ inline void load_b(BlockB& b, const float* matrix, int row, int colum
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const float* const first = &matrix[(row + step * 8 + 2 * t) * kInverseStride + column + tile * 8 + g];
-      b[step][tile][0] = round_to_tf32(first[0]);
-      b[step][tile][1] = round_to_tf32(first[kInverseStride]);
+      b[step][tile][0] = first[0];
+      b[step][tile][1] = first[kInverseStride];
     }
   }
 }
@@ -94,15 +95,16 @@ __device__ inline void store_result(float* matrix, int row, int column, const Ac
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float* const target = &matrix[(row + g) * kInverseStride + column + i * 8 + 2 * t];
-    *reinterpret_cast<float2*>(target) = make_float2(c[i][0], c[i][1]);
-    *reinterpret_cast<float2*>(target + 8 * kInverseStride) = make_float2(c[i][2], c[i][3]);
+    *reinterpret_cast<float2*>(target) = make_float2(round_to_tf32(c[i][0]), round_to_tf32(c[i][1]));
+    *reinterpret_cast<float2*>(target + 8 * kInverseStride) =
+        make_float2(round_to_tf32(c[i][2]), round_to_tf32(c[i][3]));
   }
 }
 
-// In place, by four warps. The matrix must be visible to all; the result is after a barrier. Nothing above the diagonal
-// is read; blocks of 16 above it are not written.
+// In place, by four warps; all of the block's call it, each four with a matrix of their own. The matrix must be visible
+// to all; the result is after a barrier. Nothing above the diagonal is read; blocks of 16 above it are not written.
 __device__ inline void invert(float* matrix) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   {  // each warp a block on the diagonal, each lane one of its columns
     float* const block = matrix + warp * 16 * (kInverseStride + 1);
     float column[16];
@@ -110,13 +112,20 @@ __device__ inline void invert(float* matrix) {
     for (int i = 0; i < 16; ++i) {
       float sum = i == lane % 16 ? 1.0f : 0.0f;
 #pragma unroll
-      for (int j = 0; j < i; ++j) sum -= block[i * kInverseStride + j] * column[j];
+      for (int j = 0; j < i; j += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(&block[i * kInverseStride + j]);
+        const float entries[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (j + n < i) sum -= entries[n] * column[j + n];
+        }
+      }
       column[i] = sum;
     }
     __syncwarp();
     if (lane < 16) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) block[i * kInverseStride + lane] = column[i];
+      for (int i = 0; i < 16; ++i) block[i * kInverseStride + lane] = round_to_tf32(column[i]);
     }
   }
   __syncthreads();

@@ -2,29 +2,46 @@
 #pragma once
 
 #include "common/cuda/bulk.cuh"
+#include "common/cuda/tensor_map.cuh"
+#include "common/cuda/warpgroup.cuh"
 #include "gdn/cuda/chunk.cuh"
 #include "gdn/cuda/inverse.cuh"
 
 namespace inlay::gdn::cuda {
 
-inline constexpr int kPrepareThreads = 128;  // each warp has 16 rows of the matrices
+inline constexpr int kPrepareThreads = 2 * kWarpgroup;
+inline constexpr int kPrepareHeads = 2;  // at a time
+
+struct PrepareParams {
+  ChunkParams chunk;
+  TokenRows q_rows, k_rows;
+};
 
 template <typename T, int kKeys>
 struct PrepareMemory {
   using Rows = Tile<T, kTokens, kKeys>;
-  static constexpr int kQueryOffset = Rows::kBytes;
-  static constexpr int kMatrixOffset = kQueryOffset + Rows::kBytes;
-  static constexpr int kFactorsOffset = kMatrixOffset + kTokens * kInverseStride * 4;
-  static constexpr int kBytes = kFactorsOffset + kFactors * kTokens * 4;
+  using Matrix = Tile<T, kTokens, kTokens>;
+  // First keys and queries, then, in their place, images of each head's scores and inverse.
+  static constexpr int kTilesBytes = 2 * (Rows::kBytes > 2 * Matrix::kBytes ? Rows::kBytes : 2 * Matrix::kBytes);
+  static constexpr int kSystemsAt = kTilesBytes;
+  static constexpr int kSystemBytes = kTokens * kInverseStride * 4;
+  static constexpr int kFactorsAt = kSystemsAt + kPrepareHeads * kSystemBytes;
+  static constexpr int kHeadFactors = (kFactors + 1) * kTokens;  // in floats; the last row is kShifted
+  static constexpr int kBarrierAt = kFactorsAt + kPrepareHeads * kHeadFactors * 4;
+  static constexpr int kBytes = kBarrierAt + sizeof(Barrier);
 };
+
+// Besides what others need (Factor): the log decay less that of the key's inverse length, so that of the two the
+// exponential of a difference is the product.
+inline constexpr int kShifted = kFactors;
 
 // Sums of squares of a tile's rows, by two threads a row.
 template <typename T, int kKeys>
-__device__ inline float row_square_sum(uint32_t tile, int row, int half) {
+__device__ inline float row_square_sum(const TileView<T, kTokens, kKeys>& tile, int row, int half) {
   float sum = 0.0f;
 #pragma unroll
   for (int column = 0; column < kKeys / 2; column += 8) {
-    const uint4 piece = load_shared(tile + Tile<T, kTokens, kKeys>::offset(row, half * (kKeys / 2) + column));
+    const uint4 piece = load_shared(tile.address(row, half * (kKeys / 2) + column));
     const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
     for (const uint32_t word : words) {
@@ -36,18 +53,93 @@ __device__ inline float row_square_sum(uint32_t tile, int row, int half) {
   return sum + __shfl_xor_sync(0xffffffffu, sum, 1);
 }
 
-// Of an image [kTokens, kTokens].
-template <typename T>
-__device__ inline void store_piece(T* image, int row, int column, uint4 piece) {
-  *reinterpret_cast<uint4*>(reinterpret_cast<char*>(image) + Tile<T, kTokens, kTokens>::offset(row, column)) = piece;
+// A head's gates, two tokens a lane.
+struct Gates {
+  float decay[2];  // cumulated, to base 2
+  float end;       // of the chunk
+  float beta[2];
+
+  // A warp's work.
+  __device__ void load(const Inputs& in, const Chunk& chunk, int64_t head) {
+    const int lane = threadIdx.x % 32;
+    float own[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int row = 2 * lane + j;
+      float loaded[1] = {0.0f};
+      own[j] = 0.0f;
+      if (row < chunk.tokens) {
+        const int64_t token = chunk.token + row;
+        own[j] = static_cast<const float*>(in.g.data)[in.g.offset(chunk.batch, token, head)];
+        if (own[j] < kSmallestGate) own[j] = kSmallestGate;  // NaN stays
+        own[j] *= kLog2E;
+        load_as_float(in.beta.data, in.beta.dtype, in.beta.offset(chunk.batch, token, head), loaded);
+      }
+      beta[j] = loaded[0];
+    }
+    float sum = own[0] + own[1];
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const float before = __shfl_up_sync(0xffffffffu, sum, offset);
+      if (lane >= offset) sum += before;
+    }
+    end = __shfl_sync(0xffffffffu, sum, 31);
+    // Not sum - own[1]: a large gate would cost the smaller one its digits.
+    const float earlier = __shfl_up_sync(0xffffffffu, sum, 1);
+    decay[0] = (lane == 0 ? 0.0f : earlier) + own[0];
+    decay[1] = sum;
+  }
+
+  // All rows but the lengths, which are there.
+  __device__ void store(float (*factors)[kTokens], float scale) const {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int row = 2 * (threadIdx.x % 32) + j;
+      const float k = factors[kKeyLength][row], q = factors[kQueryLength][row], grown = exp2_fast(decay[j]);
+      factors[kKeyIn][row] = k * grown;
+      factors[kQueryIn][row] = scale * q * grown;
+      factors[kKeyOut][row] = k * exp2_fast(end - decay[j]);
+      factors[kBeta][row] = beta[j];
+      factors[kLogDecay][row] = decay[j];
+      factors[kShifted][row] = decay[j] - log2f(k);
+    }
+  }
+};
+
+// A block of 16 columns of what a warp has of a product of rows, [16, 64]: each entry (row, column) times its row's
+// factor and exp2(row's decay - column's shifted one), or zero above the diagonal, where differences are positive and
+// may overflow. kBlock: where the columns are against the rows.
+enum class Block { before, diagonal };
+
+template <Block kBlock, bool kWithDiagonal>
+__device__ __forceinline__ void decay_block(float (&entries)[2][4], const Accumulator (&c)[kTokens / 8], int pair,
+                                            const float (&row_factor)[2], const float (&row_decay)[2],
+                                            const float* shifted) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+    const float2 column_decay = *reinterpret_cast<const float2*>(&shifted[pair * 16 + tile * 8 + 2 * t]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float decay = exp2_fast(row_decay[i / 2] - (i % 2 ? column_decay.y : column_decay.x));
+      const float entry = row_factor[i / 2] * decay * c[2 * pair + tile][i];
+      const int row = i / 2 * 8 + g, column = tile * 8 + 2 * t + i % 2;
+      const bool kept = kBlock == Block::before || row > column || (kWithDiagonal && row == column);
+      entries[tile][i] = kept ? entry : 0.0f;
+    }
+  }
 }
 
-// A block has a chunk of one key head, and its value heads one after another.
+// A block has a chunk of one key head, and two of its value heads at a time. Its first warpgroup has the products of
+// keys and keys, the second those of queries and keys, each for both heads; then each inverts one head's system.
 template <typename T, int kKeys>
-__global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __grid_constant__ ChunkParams p) {
+__global__ void __launch_bounds__(kPrepareThreads, kKeys > 128 ? 2 : 3)
+    prepare_kernel(const __grid_constant__ PrepareParams params) {
   using Memory = PrepareMemory<T, kKeys>;
+  const ChunkParams& p = params.chunk;
   const Inputs& in = p.inputs;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int thread = threadIdx.x, group_thread = thread % kWarpgroup, warp = group_thread / 32, lane = thread % 32;
+  const int part = thread / kWarpgroup, g = lane / 4, t = lane % 4;
   const int64_t number = blockIdx.x / in.key_heads, key_head = blockIdx.x - number * in.key_heads;
   wait_for_predecessor();
   release_successor();
@@ -55,148 +147,154 @@ __global__ void __launch_bounds__(kPrepareThreads, 4) prepare_kernel(const __gri
   if (chunk.tokens == 0) return;
 
   char* const memory = dynamic_shared();
-  const TileView<T, kTokens, kKeys> keys{shared_address(memory)},
-      queries{shared_address(memory + Memory::kQueryOffset)};
-  float* const matrix = reinterpret_cast<float*>(memory + Memory::kMatrixOffset);
-  float (*const factors)[kTokens] = reinterpret_cast<float (*)[kTokens]>(memory + Memory::kFactorsOffset);
-  const int key_dim = static_cast<int>(in.key_dim);
-  fetch_tile<kPrepareThreads>(keys, rows_of<T>(in.k, chunk, key_head, key_dim, p.aligned), thread);
-  fetch_tile<kPrepareThreads>(queries, rows_of<T>(in.q, chunk, key_head, key_dim, p.aligned), thread);
-  commit_copies();
-  wait_for_copies<0>();
+  const uint32_t base = shared_address(memory);
+  const TileView<T, kTokens, kKeys> keys{base}, queries{base + Memory::kTilesBytes / 2};
+  const auto scores_tile = [&](int i) { return TileView<T, kTokens, kTokens>{base + i * Memory::Matrix::kBytes}; };
+  const auto inverse_tile = [&](int i) { return scores_tile(kPrepareHeads + i); };
+  const auto system = [&](int i) {
+    return reinterpret_cast<float*>(memory + Memory::kSystemsAt + i * Memory::kSystemBytes);
+  };
+  const auto factors_of = [&](int i) {
+    return reinterpret_cast<float (*)[kTokens]>(memory + Memory::kFactorsAt) + i * (kFactors + 1);
+  };
+  Barrier& fetched = *reinterpret_cast<Barrier*>(memory + Memory::kBarrierAt);
+  if (thread == 0) {
+    init_barrier(fetched, kFetchArrivals<kPrepareThreads>);
+    publish_barriers();
+  }
   __syncthreads();
 
-  {
-    const int row = thread / 2, half = thread % 2;
-    const float eps = static_cast<float>(kL2Eps);
-    const float k = row_square_sum<T, kKeys>(keys.base, row, half);
-    const float q = row_square_sum<T, kKeys>(queries.base, row, half);
-    if (half == 0) {
-      factors[kKeyLength][row] = in.l2norm_qk ? 1.0f / sqrtf(k + eps) : 1.0f;
-      factors[kQueryLength][row] = in.l2norm_qk ? 1.0f / sqrtf(q + eps) : 1.0f;
+  const bool boxed = kHasTensorMaps && params.q_rows.boxed && params.k_rows.boxed && chunk.tokens == kTokens;
+  expect_bytes(fetched, boxed ? 2 * Memory::Rows::kBytes : 0, thread);
+  if (!boxed) {
+    const int key_dim = static_cast<int>(in.key_dim);
+    fetch_tile<kPrepareThreads>(keys, rows_of<T>(in.k, chunk, key_head, key_dim, p.aligned), thread);
+    fetch_tile<kPrepareThreads>(queries, rows_of<T>(in.q, chunk, key_head, key_dim, p.aligned), thread);
+  } else if (thread == 0) {
+#pragma unroll
+    for (int panel = 0; panel < kKeys / 64; ++panel) {
+      fetch_panel(keys, panel, params.k_rows, panel * 64, chunk, key_head, fetched);
+      fetch_panel(queries, panel, params.q_rows, panel * 64, chunk, key_head, fetched);
     }
   }
+  arrive_fetched(fetched, !boxed);
+  const int group = static_cast<int>(in.group());
+  Gates gates;
+  if (warp == 0 && part < group) gates.load(in, chunk, key_head * group + part);
+  wait_at(fetched, 0);
+
+  {  // each half the rows' lengths, for both heads
+    const int row = group_thread / 2;
+    const float sum = row_square_sum<T, kKeys>(part == 0 ? keys : queries, row, group_thread % 2);
+    const float length = in.l2norm_qk ? 1.0f / sqrtf(sum + static_cast<float>(kL2Eps)) : 1.0f;
+    factors_of(group_thread % 2)[part == 0 ? kKeyLength : kQueryLength][row] = length;
+  }
+  publish_shared();
   __syncthreads();
   {
     const int64_t unit = number * in.key_heads + key_head;
-    store_bytes<kPrepareThreads>(static_cast<char*>(p.prepared.keys) + unit * Memory::Rows::kBytes, keys.base,
-                                 Memory::Rows::kBytes, thread);
-    store_bytes<kPrepareThreads>(static_cast<char*>(p.prepared.queries) + unit * Memory::Rows::kBytes, queries.base,
-                                 Memory::Rows::kBytes, thread);
+    store_bytes_bulk<kPrepareThreads>(static_cast<char*>(p.prepared.keys) + unit * Memory::Rows::kBytes, keys.base,
+                                      Memory::Rows::kBytes, thread);
+    store_bytes_bulk<kPrepareThreads>(static_cast<char*>(p.prepared.queries) + unit * Memory::Rows::kBytes,
+                                      queries.base, Memory::Rows::kBytes, thread);
   }
-  Accumulator kk[kTokens / 8] = {}, qk[kTokens / 8] = {};  // k k^T and q k^T, not above the diagonal
+  Accumulator c[kTokens / 8];  // k k^T or q k^T
+  begin_products();
 #pragma unroll
-  for (int column = 0; column < kKeys; column += 16) {
-    Fragment k_rows, q_rows;
-    keys.template load_rows_first<false>(k_rows, warp * 16, column);
-    queries.template load_rows_first<false>(q_rows, warp * 16, column);
-#pragma unroll
-    for (int pair = 0; pair < kTokens / 16; ++pair) {
-      if (pair > warp) continue;
-      Fragment k;
-      keys.template load_columns_first<false>(k, pair * 16, column);
-      multiply_add<T>(kk[2 * pair], k_rows, k[0], k[1]);
-      multiply_add<T>(kk[2 * pair + 1], k_rows, k[2], k[3]);
-      multiply_add<T>(qk[2 * pair], q_rows, k[0], k[1]);
-      multiply_add<T>(qk[2 * pair + 1], q_rows, k[2], k[3]);
-    }
+  for (int k = 0; k < kKeys / 16; ++k) {
+    multiply_by_rows<kTokens / 8>(c, RowsOf<T, kTokens, kKeys>{part == 0 ? keys : queries}, k, keys, 0, k * 16, k == 0);
   }
+  commit_products();
+  const float scale = static_cast<float>(in.scale);
+  if (warp == 0 && part < group) gates.store(factors_of(part), scale);
+  wait_for_products<0>();
+  keep(c);
+  wait_for_stores();
+  __syncthreads();
 
-  const int group = static_cast<int>(in.group());
-  for (int i = 0; i < group; ++i) {
-    const int64_t head = key_head * group + i;
-    const int64_t unit = number * in.value_heads + head;
-    if (warp == 0) {  // two tokens a lane
-      float decay[2], beta[2];
+  for (int first = 0; first < group; first += kPrepareHeads) {
+    const int heads = min(kPrepareHeads, group - first);
+#pragma unroll 1
+    for (int i = 0; i < heads; ++i) {
+      const float (*const factors)[kTokens] = factors_of(i);
+      float row_factor[2], row_decay[2];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int row = 2 * lane + j;
-        float loaded[1] = {0.0f};
-        decay[j] = 0.0f;
-        if (row < chunk.tokens) {
-          const int64_t token = chunk.token + row;
-          decay[j] = static_cast<const float*>(in.g.data)[in.g.offset(chunk.batch, token, head)];
-          if (decay[j] < kSmallestGate) decay[j] = kSmallestGate;  // NaN stays
-          decay[j] *= kLog2E;
-          load_as_float(in.beta.data, in.beta.dtype, in.beta.offset(chunk.batch, token, head), loaded);
-        }
-        beta[j] = loaded[0];
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp * 16 + half * 8 + g;
+        row_decay[half] = factors[kLogDecay][row];
+        row_factor[half] =
+            part == 0 ? factors[kBeta][row] * factors[kKeyLength][row] : scale * factors[kQueryLength][row];
       }
-      float sum = decay[0] + decay[1];
 #pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const float before = __shfl_up_sync(0xffffffffu, sum, offset);
-        if (lane >= offset) sum += before;
-      }
-      const float end = __shfl_sync(0xffffffffu, sum, 31);
-      // Not sum - decay[1]: a large gate would cost the smaller one its digits.
-      const float earlier = __shfl_up_sync(0xffffffffu, sum, 1);
-      const float first = (lane == 0 ? 0.0f : earlier) + decay[0];
-      const float cumulated[2] = {first, sum};
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int row = 2 * lane + j;
-        const float k = factors[kKeyLength][row], q = factors[kQueryLength][row], grown = exp2_fast(cumulated[j]);
-        factors[kKeyIn][row] = k * grown;
-        factors[kQueryIn][row] = static_cast<float>(in.scale) * q * grown;
-        factors[kKeyOut][row] = k * exp2_fast(end - cumulated[j]);
-        factors[kBeta][row] = beta[j];
-        factors[kLogDecay][row] = cumulated[j];
-      }
-    }
-    __syncthreads();
-
-    for (int j = thread; j < kFactors * kTokens / 4; j += kPrepareThreads) {
-      reinterpret_cast<uint4*>(p.prepared.factors + unit * (kFactors * kTokens))[j] =
-          reinterpret_cast<const uint4*>(factors)[j];
-    }
-    T* const scores = static_cast<T*>(p.prepared.scores) + unit * kMatrix;
-    const float scale = static_cast<float>(in.scale);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp * 16 + half * 8 + g;
-      const float cumulated = factors[kLogDecay][row], beta = factors[kBeta][row];
-      const float k_row = factors[kKeyLength][row], q_row = factors[kQueryLength][row];
-#pragma unroll
-      for (int quad = 0; quad < 2; ++quad) {  // four tiles of eight columns
-        Fragment words = {};
-#pragma unroll
-        for (int tile = 0; tile < 4; ++tile) {
-          if (quad * 2 > warp) continue;  // above the diagonal: zeros
-          const int n = quad * 4 + tile;
-          float score[2], entry[2];
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int column = n * 8 + 2 * t + j;
-            // Masked before the exponential: later tokens' differences are positive and may overflow.
-            const float decay = row >= column ? exp2_fast(cumulated - factors[kLogDecay][column]) : 0.0f;
-            const float both = factors[kKeyLength][column] * decay;
-            score[j] = row >= column ? scale * q_row * both * qk[n][2 * half + j] : 0.0f;
-            entry[j] = row > column ? beta * k_row * both * kk[n][2 * half + j] : 0.0f;
+      for (int pair = 0; pair < kTokens / 16; ++pair) {
+        float entries[2][4] = {};
+        if (part == 0) {
+          if (pair > warp) continue;
+          if (pair == warp) {
+            decay_block<Block::diagonal, false>(entries, c, pair, row_factor, row_decay, factors[kShifted]);
+          } else {
+            decay_block<Block::before, false>(entries, c, pair, row_factor, row_decay, factors[kShifted]);
           }
-          words[tile] = pack_pair<T>(score[0], score[1]);
-          *reinterpret_cast<float2*>(&matrix[row * kInverseStride + n * 8 + 2 * t]) = make_float2(entry[0], entry[1]);
+          float* const target = system(i) + (warp * 16 + g) * kInverseStride + pair * 16 + 2 * t;
+#pragma unroll
+          for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float2 both = make_float2(entries[tile][2 * half], entries[tile][2 * half + 1]);
+              if (pair < warp) both = make_float2(round_to_tf32(both.x), round_to_tf32(both.y));
+              *reinterpret_cast<float2*>(target + half * 8 * kInverseStride + tile * 8) = both;
+            }
+          }
+        } else {
+          if (pair == warp) {
+            decay_block<Block::diagonal, true>(entries, c, pair, row_factor, row_decay, factors[kShifted]);
+          } else if (pair < warp) {
+            decay_block<Block::before, true>(entries, c, pair, row_factor, row_decay, factors[kShifted]);
+          }
+          const Fragment words = {
+              pack_pair<T>(entries[0][0], entries[0][1]), pack_pair<T>(entries[0][2], entries[0][3]),
+              pack_pair<T>(entries[1][0], entries[1][1]), pack_pair<T>(entries[1][2], entries[1][3])};
+          scores_tile(i).store_rows_first(words, warp * 16, pair * 16);
         }
-        transpose_quad(words);
-        const uint4 piece = {words[0], words[1], words[2], words[3]};
-        store_piece(scores, row, (quad * 4 + t) * 8, piece);
       }
     }
+    publish_shared();
     __syncthreads();
-    invert(matrix);
+    const int64_t unit = number * in.value_heads + key_head * group + first;
+    for (int i = 0; i < heads; ++i) {
+      store_bytes_bulk<kPrepareThreads>(static_cast<T*>(p.prepared.scores) + (unit + i) * kMatrix, scores_tile(i).base,
+                                        Memory::Matrix::kBytes, thread);
+      store_bytes_bulk<kPrepareThreads>(p.prepared.factors + (unit + i) * (kFactors * kTokens),
+                                        shared_address(factors_of(i)), kFactors * kTokens * 4, thread);
+    }
+    invert(system(part));  // of a head that there is not: nobody looks at it
     __syncthreads();
 
-    T* const inverse = static_cast<T*>(p.prepared.inverse) + unit * kMatrix;
-    const int row = thread / 2;
+    if (part < heads) {
+      const int row = group_thread / 2;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int column = (thread % 2 + 2 * j) * 8;
-      float values[8] = {};
-      if (column / 16 <= row / 16) unpack(load<float, 8>(&matrix[row * kInverseStride + column]), values);
-      const Packed<T, 8> piece = pack<T>(values);
-      store_piece(inverse, row, column, *reinterpret_cast<const uint4*>(&piece));
+      for (int j = 0; j < 4; ++j) {
+        const int column = (group_thread % 2 + 2 * j) * 8;
+        float values[8] = {};
+        if (column / 16 <= row / 16) unpack(load<float, 8>(&system(part)[row * kInverseStride + column]), values);
+        const Packed<T, 8> piece = pack<T>(values);
+        store_shared(inverse_tile(part).address(row, column), *reinterpret_cast<const uint4*>(&piece));
+      }
     }
+    publish_shared();
     __syncthreads();
+    for (int i = 0; i < heads; ++i) {
+      store_bytes_bulk<kPrepareThreads>(static_cast<T*>(p.prepared.inverse) + (unit + i) * kMatrix,
+                                        inverse_tile(i).base, Memory::Matrix::kBytes, thread);
+    }
+    wait_for_stores();
+    const int next = first + kPrepareHeads + part;
+    if (first + kPrepareHeads < group) {
+      if (warp == 0 && next < group) gates.load(in, chunk, key_head * group + next);
+      __syncthreads();  // before factors, systems and images are overwritten
+      if (warp == 0 && next < group) gates.store(factors_of(part), scale);
+      __syncthreads();
+    }
   }
 }
 

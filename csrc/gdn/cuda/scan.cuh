@@ -18,7 +18,6 @@
 
 namespace inlay::gdn::cuda {
 
-inline constexpr int kWarpgroup = 128;
 inline constexpr int kGroupColumns = 64;
 
 enum class Role { fetch, carry, pass_on };
@@ -211,17 +210,11 @@ struct Turn {
   }
 };
 
-// Rows of tokens that a scan reads or writes, [B, T, Hv, V].
-struct ScanRows {
-  CUtensorMap map;  // boxes of 64 tokens by 64 columns
-  bool boxed;       // there is a map
-};
-
 // The fetching warpgroup's work: all chunks, one after another, from the first on or backwards.
 template <class Memory, typename T, int kKeys, int kGroups>
 __device__ __forceinline__ void fetch_chunks(char* memory, typename Memory::Barriers& barriers,
                                              const ScanPlace<kGroups>& place, const ChunkParams& p,
-                                             const TokenTensor& values, const ScanRows& boxes, bool backwards) {
+                                             const TokenTensor& values, const TokenRows& boxes, bool backwards) {
   const Inputs& in = p.inputs;
   const T* const first = place.template first_row<T>(values, place.head, place.block_column);
   const unsigned thread = place.thread;
@@ -247,9 +240,7 @@ __device__ __forceinline__ void fetch_chunks(char* memory, typename Memory::Barr
     } else if (thread == 0) {
 #pragma unroll
       for (int panel = 0; panel < kGroups; ++panel) {
-        fetch_box(stage.values.base + panel * Memory::Values::kPanelBytes, boxes.map,
-                  place.block_column + panel * kGroupColumns, static_cast<int>(chunk.token),
-                  static_cast<int>(place.head), static_cast<int>(chunk.batch), full);
+        fetch_panel(stage.values, panel, boxes, place.block_column + panel * kGroupColumns, chunk, place.head, full);
       }
     }
     fetch(stage.inverse.base, p.prepared.inverse, unit, Memory::Matrix::kBytes);
@@ -330,7 +321,7 @@ __device__ inline void store_columns(const TileView<T, kTokens, kGroupColumns>& 
 
 // A group's rows to their place, `column`, in a dense [B, T, Hv, V].
 template <typename T>
-__device__ __forceinline__ void store_tokens(void* output, const ScanRows& boxes,
+__device__ __forceinline__ void store_tokens(void* output, const TokenRows& boxes,
                                              const TileView<T, kTokens, kGroupColumns>& rows, const Inputs& in,
                                              const Chunk& chunk, int64_t head, int column, unsigned thread) {
   if (column >= in.value_dim) return;

@@ -19,7 +19,7 @@ struct ScanBackwardParams {
   OutputTensor dv;  // [B, T, Hv, V] T
   void* w;          // BackwardScratch::w
   void* dstates;    // BackwardScratch::dstates
-  ScanRows dout_rows, dv_rows;
+  TokenRows dout_rows, dv_rows;
 };
 
 template <typename T, int kKeys, int kGroups>

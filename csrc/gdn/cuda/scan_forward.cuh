@@ -10,7 +10,7 @@ struct ScanParams {
   StateTensor final_state;  // or not wanted
   OutputTensor o;           // [B, T, Hv, V] T; for the states: BackwardScratch::u
   void* states;             // BackwardScratch::states
-  ScanRows v_rows, o_rows;
+  TokenRows v_rows, o_rows;
 };
 
 enum class Scan { outputs, states };
