@@ -79,7 +79,9 @@ __device__ __forceinline__ void start_product(Accumulator* c, const Fragment& a,
 
 template <typename T, int kTiles, bool kTransposedA, bool kTransposedB>
 __device__ __forceinline__ void start_product(Accumulator* c, uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (kTiles == 4) {
+  if constexpr (kTiles == 2) {
+    INLAY_TYPES(INLAY_WGMMA_S, "16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12", INLAY_C2(0));
+  } else if constexpr (kTiles == 4) {
     INLAY_TYPES(INLAY_WGMMA_S, "32", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16",
                 "%17", "%18", "%19", "%20", INLAY_C4(0));
   } else if constexpr (kTiles == 8) {

@@ -27,10 +27,19 @@ using namespace inlay::cuda;
 inline constexpr float kSmallestGate = -104.0f;
 inline constexpr float kLog2E = 1.4426950408889634f;  // decays are powers of two from there on
 
+inline constexpr int kWarpgroup = 128;
+
+// Rows of a tensor [B, T, H, D] as boxes of 64 tokens by 64 columns.
+struct TokenRows {
+  CUtensorMap map;
+};
+
 struct ChunkParams {
   Inputs inputs;
   Prepared prepared;
-  bool aligned;  // rows of q, k and v start at multiples of 16 bytes
+  bool aligned;  // rows of all tensors [B, T, H, D] start at multiples of 16 bytes
+  bool boxed;    // and can be fetched as boxes
+  TokenRows q, k;
 };
 
 // One chunk of a sequence.
@@ -65,21 +74,29 @@ __device__ inline TileSource<T> rows_of(const TokenTensor& tensor, const Chunk& 
   return {first, tensor.token_stride, chunk.tokens, columns, aligned};
 }
 
-inline constexpr int kWarpgroup = 128;
+// Whether the chunk's rows are fetched as boxes: whole chunks only, since a box would bring the next sequence's rows
+// too.
+__device__ __forceinline__ bool in_boxes(const ChunkParams& p, const Chunk& chunk) {
+  return kHasTensorMaps && p.boxed && chunk.tokens == kTokens;
+}
 
-// Rows of a tensor [B, T, H, D] as boxes of 64 tokens by 64 columns.
-struct TokenRows {
-  CUtensorMap map;
-  bool boxed;  // there is a map
-};
-
-// A panel of a tile, by one thread. For whole chunks only: a box would bring the next sequence's rows too.
-template <typename T, int kColumns>
-__device__ __forceinline__ void fetch_panel(const TileView<T, kTokens, kColumns>& tile, int panel,
-                                            const TokenRows& rows, int column, const Chunk& chunk, int64_t head,
-                                            Barrier& barrier) {
-  fetch_box(tile.base + panel * Tile<T, kTokens, kColumns>::kPanelBytes, rows.map, column,
-            static_cast<int>(chunk.token), static_cast<int>(head), static_cast<int>(chunk.batch), barrier);
+// A chunk's rows of a head, from `column` of `columns` on, to a tile: as boxes, which are waited for with the bytes
+// that they are expected to have, or by all threads.
+template <int kThreads, typename T, int kColumns>
+__device__ __forceinline__ void fetch_rows(const TileView<T, kTokens, kColumns>& tile, const ChunkParams& p,
+                                           const TokenTensor& tensor, const TokenRows& rows, const Chunk& chunk,
+                                           int64_t head, int column, int columns, Barrier& barrier, unsigned thread) {
+  if (!in_boxes(p, chunk)) {
+    TileSource<T> source = rows_of<T>(tensor, chunk, head, columns - column, p.aligned);
+    source.first += column;
+    fetch_tile<kThreads>(tile, source, thread);
+  } else if (thread == 0) {
+#pragma unroll
+    for (int panel = 0; panel < kColumns / 64; ++panel) {
+      fetch_box(tile.base + panel * Tile<T, kTokens, kColumns>::kPanelBytes, rows.map, column + panel * 64,
+                static_cast<int>(chunk.token), static_cast<int>(head), static_cast<int>(chunk.batch), barrier);
+    }
+  }
 }
 
 // Lane 4 g + t hands its word i to lane 4 g + i, which puts it at t.

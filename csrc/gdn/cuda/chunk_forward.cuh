@@ -8,13 +8,9 @@ namespace inlay::gdn::cuda {
 template <typename T, int kKeys>
 void chunk_forward(const ForwardParams& params, void* stream) {
   const Inputs& in = params.inputs;
-  const bool aligned = aligned_rows(in.q) && aligned_rows(in.k) && aligned_rows(in.v);
-  const ScanParams p{{in, ChunkScratch(in, params.scratch).prepared, aligned},
-                     params.final_state,
-                     params.o,
-                     nullptr,
-                     value_rows(in.v, in),
-                     value_rows(params.o, in)};
+  const BoxedTensor v = value_boxes(in.v, in), o = value_boxes(params.o, in);
+  const ChunkParams chunk = chunk_params(in, ChunkScratch(in, params.scratch).prepared, {v, o});
+  const ScanParams p{chunk, params.final_state, params.o, nullptr, token_rows(chunk, v), token_rows(chunk, o)};
   prepare<T, kKeys>(p.chunk, stream);
   with_scan_groups<kKeys>(in, [&](auto groups) {
     constexpr int kGroups = decltype(groups)::value;

@@ -1,6 +1,8 @@
 // What the launchers of the chunk kernels share.
 #pragma once
 
+#include <initializer_list>
+
 #include "gdn/cuda/aligned.h"
 #include "gdn/cuda/chunk.h"
 #include "gdn/cuda/prepare.cuh"
@@ -8,34 +10,48 @@
 
 namespace inlay::gdn::cuda {
 
-inline TokenRows token_rows(const TokenTensor& tensor, const Inputs& in, int64_t heads, int64_t columns) {
-  const int64_t batch = in.sequences.offsets ? 1 : in.sequences.count;
-  const BoxedTensor boxes{tensor, batch, in.sequences.tokens, heads, columns, kTokens};
-  TokenRows rows{};
-  rows.boxed = has_tensor_maps() && fits_tensor_map(boxes);
-  if (rows.boxed) rows.map = make_tensor_map(boxes);
-  return rows;
+// The boxes of a tensor [B, T, H, D].
+inline BoxedTensor boxes_of(const TokenTensor& tensor, const Inputs& in, int64_t heads, int64_t columns) {
+  return {tensor, in.sequences.offsets ? 1 : in.sequences.count, in.sequences.tokens, heads, columns, kTokens};
 }
 
-// Of a tensor [B, T, Hv, V].
-inline TokenRows value_rows(const TokenTensor& tensor, const Inputs& in) {
-  return token_rows(tensor, in, in.value_heads, in.value_dim);
+// Of q or k, and of v, o or a gradient of theirs.
+inline BoxedTensor key_boxes(const TokenTensor& tensor, const Inputs& in) {
+  return boxes_of(tensor, in, in.key_heads, in.key_dim);
 }
-
-inline TokenRows value_rows(const OutputTensor& dense, const Inputs& in) {
+inline BoxedTensor value_boxes(const TokenTensor& tensor, const Inputs& in) {
+  return boxes_of(tensor, in, in.value_heads, in.value_dim);
+}
+inline BoxedTensor value_boxes(const OutputTensor& dense, const Inputs& in) {
   const int64_t row = in.value_heads * in.value_dim;
-  return value_rows(TokenTensor{dense.data, dense.dtype, in.sequences.tokens * row, row, in.value_dim}, in);
+  return value_boxes(TokenTensor{dense.data, dense.dtype, in.sequences.tokens * row, row, in.value_dim}, in);
+}
+
+inline TokenRows token_rows(const ChunkParams& p, const BoxedTensor& boxes) {
+  return p.boxed ? TokenRows{make_tensor_map(boxes)} : TokenRows{};
+}
+
+// `values`: the tensors of V's columns that the kernels read or write.
+inline ChunkParams chunk_params(const Inputs& in, const Prepared& prepared, std::initializer_list<BoxedTensor> values) {
+  const BoxedTensor q = key_boxes(in.q, in), k = key_boxes(in.k, in);
+  ChunkParams p{in, prepared, aligned_rows(in.q) && aligned_rows(in.k), false, {}, {}};
+  bool fits = has_tensor_maps() && fits_tensor_map(q) && fits_tensor_map(k);
+  for (const BoxedTensor& boxes : values) {
+    p.aligned = p.aligned && aligned_rows(boxes.tensor);
+    fits = fits && fits_tensor_map(boxes);
+  }
+  p.boxed = fits;
+  p.q = token_rows(p, q);
+  p.k = token_rows(p, k);
+  return p;
 }
 
 template <typename T, int kKeys>
 void prepare(const ChunkParams& p, void* stream) {
-  const Inputs& in = p.inputs;
-  const int64_t blocks = in.sequences.chunk_bound(kChunk) * in.key_heads;
-  if (blocks == 0 || in.sequences.tokens == 0) return;
-  const PrepareParams params{p, token_rows(in.q, in, in.key_heads, in.key_dim),
-                             token_rows(in.k, in, in.key_heads, in.key_dim)};
+  const int64_t blocks = p.inputs.sequences.chunk_bound(kChunk) * p.inputs.key_heads;
+  if (blocks == 0 || p.inputs.sequences.tokens == 0) return;
   start<prepare_kernel<T, kKeys>, kPrepareThreads, PrepareMemory<T, kKeys>::kBytes>(
-      params, dim3(static_cast<unsigned>(blocks)), stream);
+      p, dim3(static_cast<unsigned>(blocks)), stream);
 }
 
 template <int kGroups>

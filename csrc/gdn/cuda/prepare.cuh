@@ -12,11 +12,6 @@ namespace inlay::gdn::cuda {
 inline constexpr int kPrepareThreads = 2 * kWarpgroup;
 inline constexpr int kPrepareHeads = 2;  // at a time
 
-struct PrepareParams {
-  ChunkParams chunk;
-  TokenRows q_rows, k_rows;
-};
-
 template <typename T, int kKeys>
 struct PrepareMemory {
   using Rows = Tile<T, kTokens, kKeys>;
@@ -134,9 +129,8 @@ __device__ __forceinline__ void decay_block(float (&entries)[2][4], const Accumu
 // keys and keys, the second those of queries and keys, each for both heads; then each inverts one head's system.
 template <typename T, int kKeys>
 __global__ void __launch_bounds__(kPrepareThreads, kKeys > 128 ? 2 : 3)
-    prepare_kernel(const __grid_constant__ PrepareParams params) {
+    prepare_kernel(const __grid_constant__ ChunkParams p) {
   using Memory = PrepareMemory<T, kKeys>;
-  const ChunkParams& p = params.chunk;
   const Inputs& in = p.inputs;
   const int thread = threadIdx.x, group_thread = thread % kWarpgroup, warp = group_thread / 32, lane = thread % 32;
   const int part = thread / kWarpgroup, g = lane / 4, t = lane % 4;
@@ -164,20 +158,11 @@ __global__ void __launch_bounds__(kPrepareThreads, kKeys > 128 ? 2 : 3)
   }
   __syncthreads();
 
-  const bool boxed = kHasTensorMaps && params.q_rows.boxed && params.k_rows.boxed && chunk.tokens == kTokens;
-  expect_bytes(fetched, boxed ? 2 * Memory::Rows::kBytes : 0, thread);
-  if (!boxed) {
-    const int key_dim = static_cast<int>(in.key_dim);
-    fetch_tile<kPrepareThreads>(keys, rows_of<T>(in.k, chunk, key_head, key_dim, p.aligned), thread);
-    fetch_tile<kPrepareThreads>(queries, rows_of<T>(in.q, chunk, key_head, key_dim, p.aligned), thread);
-  } else if (thread == 0) {
-#pragma unroll
-    for (int panel = 0; panel < kKeys / 64; ++panel) {
-      fetch_panel(keys, panel, params.k_rows, panel * 64, chunk, key_head, fetched);
-      fetch_panel(queries, panel, params.q_rows, panel * 64, chunk, key_head, fetched);
-    }
-  }
-  arrive_fetched(fetched, !boxed);
+  const int key_dim = static_cast<int>(in.key_dim);
+  expect_bytes(fetched, in_boxes(p, chunk) ? 2 * Memory::Rows::kBytes : 0, thread);
+  fetch_rows<kPrepareThreads>(keys, p, in.k, p.k, chunk, key_head, 0, key_dim, fetched, thread);
+  fetch_rows<kPrepareThreads>(queries, p, in.q, p.q, chunk, key_head, 0, key_dim, fetched, thread);
+  arrive_fetched(fetched, !in_boxes(p, chunk));
   const int group = static_cast<int>(in.group());
   Gates gates;
   if (warp == 0 && part < group) gates.load(in, chunk, key_head * group + part);
@@ -189,15 +174,7 @@ __global__ void __launch_bounds__(kPrepareThreads, kKeys > 128 ? 2 : 3)
     const float length = in.l2norm_qk ? 1.0f / sqrtf(sum + static_cast<float>(kL2Eps)) : 1.0f;
     factors_of(group_thread % 2)[part == 0 ? kKeyLength : kQueryLength][row] = length;
   }
-  publish_shared();
   __syncthreads();
-  {
-    const int64_t unit = number * in.key_heads + key_head;
-    store_bytes_bulk<kPrepareThreads>(static_cast<char*>(p.prepared.keys) + unit * Memory::Rows::kBytes, keys.base,
-                                      Memory::Rows::kBytes, thread);
-    store_bytes_bulk<kPrepareThreads>(static_cast<char*>(p.prepared.queries) + unit * Memory::Rows::kBytes,
-                                      queries.base, Memory::Rows::kBytes, thread);
-  }
   Accumulator c[kTokens / 8];  // k k^T or q k^T
   begin_products();
 #pragma unroll
@@ -209,7 +186,6 @@ __global__ void __launch_bounds__(kPrepareThreads, kKeys > 128 ? 2 : 3)
   if (warp == 0 && part < group) gates.store(factors_of(part), scale);
   wait_for_products<0>();
   keep(c);
-  wait_for_stores();
   __syncthreads();
 
   for (int first = 0; first < group; first += kPrepareHeads) {

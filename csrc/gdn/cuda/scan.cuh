@@ -70,8 +70,9 @@ struct ScanMemory {
   static constexpr int kFactorsAt = kGroupsAt + kGroups * kGroupBytes;
   static constexpr int kBarriersAt = kFactorsAt + kStages * kFactorBytes;
   static constexpr int kBytes = kBarriersAt + sizeof(Barriers);
-  // What comes in bulk for a stage, besides values.
-  static constexpr int kBulkBytes = kValuesAt + kFactorBytes;
+  // What comes for a stage as rows of tokens, and in bulk.
+  static constexpr int kRowBytes = kMatrixAt + Values::kBytes;
+  static constexpr int kImageBytes = kStageBytes - kRowBytes + kFactorBytes;
   static_assert(kBytes <= kMost);
 };
 
@@ -174,22 +175,6 @@ struct ScanPlace {
     const int64_t token = sequence.begin + index * kChunk;
     return {sequence.batch, token, static_cast<int>(min(sequence.end - token, kChunk))};
   }
-  // The chunk's rows of a tensor whose rows for the sequence begin at `first`.
-  template <typename T>
-  __device__ TileSource<T> rows(const T* first, const TokenTensor& tensor, int64_t index, int columns,
-                                bool aligned) const {
-    const int64_t begin = index * kChunk;
-    return {first + begin * tensor.token_stride, tensor.token_stride,
-            static_cast<int>(min(sequence.end - sequence.begin - begin, kChunk)), columns, aligned};
-  }
-  template <typename T>
-  __device__ const T* first_row(const TokenTensor& tensor, int64_t of_head, int of_column) const {
-    return static_cast<const T*>(tensor.data) + tensor.offset(sequence.batch, sequence.begin, of_head) + of_column;
-  }
-  // Of the chunk and key head, in memory for [chunk number][key head].
-  __device__ int64_t key_unit(const Inputs& in, int64_t index) const {
-    return (first_number + index) * in.key_heads + key_head;
-  }
   // Of the chunk and value head, in memory for [chunk number][value head].
   __device__ int64_t unit(const Inputs& in, int64_t index) const {
     return (first_number + index) * in.value_heads + head;
@@ -214,41 +199,31 @@ struct Turn {
 template <class Memory, typename T, int kKeys, int kGroups>
 __device__ __forceinline__ void fetch_chunks(char* memory, typename Memory::Barriers& barriers,
                                              const ScanPlace<kGroups>& place, const ChunkParams& p,
-                                             const TokenTensor& values, const TokenRows& boxes, bool backwards) {
+                                             const TokenTensor& values, const TokenRows& value_rows, bool backwards) {
   const Inputs& in = p.inputs;
-  const T* const first = place.template first_row<T>(values, place.head, place.block_column);
+  const int key_dim = static_cast<int>(in.key_dim), value_dim = static_cast<int>(in.value_dim);
   const unsigned thread = place.thread;
   Turn<Memory::kStages> turn;
   for (int64_t step = 0; step < place.chunks; ++step, turn.next()) {
-    const int64_t index = backwards ? place.chunks - 1 - step : step;
+    const int64_t index = backwards ? place.chunks - 1 - step : step, unit = place.unit(in, index);
     const ScanStage<Memory, T, kKeys> stage(memory, turn.stage);
     const Chunk chunk = place.chunk(index);
-    // A box would bring the next sequence's rows too.
-    const bool boxed = kHasTensorMaps && boxes.boxed && chunk.tokens == kTokens;
+    const bool boxed = in_boxes(p, chunk);
     Barrier& full = barriers.full[turn.stage];
     if (turn.phase > 0) wait_at(barriers.empty[turn.stage], turn.phase - 1);
-    const auto fetch = [&](uint32_t shared, const void* images, int64_t image, int bytes) {
-      fetch_bytes<kWarpgroup>(shared, static_cast<const char*>(images) + image * bytes, bytes, full, thread);
+    const auto fetch_image = [&](uint32_t shared, const void* images, int bytes) {
+      fetch_bytes<kWarpgroup>(shared, static_cast<const char*>(images) + unit * bytes, bytes, full, thread);
     };
-    const int64_t key_unit = place.key_unit(in, index), unit = place.unit(in, index);
-    expect_bytes(full, Memory::kBulkBytes + (boxed ? Memory::Values::kBytes : 0), thread);
-    fetch(stage.keys.base, p.prepared.keys, key_unit, Memory::Rows::kBytes);
-    if (!boxed) {
-      fetch_tile<kWarpgroup>(
-          stage.values,
-          place.rows(first, values, index, static_cast<int>(in.value_dim) - place.block_column, p.aligned), thread);
-    } else if (thread == 0) {
-#pragma unroll
-      for (int panel = 0; panel < kGroups; ++panel) {
-        fetch_panel(stage.values, panel, boxes, place.block_column + panel * kGroupColumns, chunk, place.head, full);
-      }
-    }
-    fetch(stage.inverse.base, p.prepared.inverse, unit, Memory::Matrix::kBytes);
+    expect_bytes(full, Memory::kImageBytes + (boxed ? Memory::kRowBytes : 0), thread);
+    fetch_rows<kWarpgroup>(stage.keys, p, in.k, p.k, chunk, place.key_head, 0, key_dim, full, thread);
+    fetch_rows<kWarpgroup>(stage.values, p, values, value_rows, chunk, place.head, place.block_column, value_dim, full,
+                           thread);
+    fetch_image(stage.inverse.base, p.prepared.inverse, Memory::Matrix::kBytes);
     fetch_bytes<kWarpgroup>(shared_address(stage.factors), p.prepared.factors + unit * (kFactors * kTokens),
                             Memory::kFactorBytes, full, thread);
     if constexpr (Memory::kBothKinds) {
-      fetch(stage.queries.base, p.prepared.queries, key_unit, Memory::Rows::kBytes);
-      fetch(stage.scores.base, p.prepared.scores, unit, Memory::Matrix::kBytes);
+      fetch_rows<kWarpgroup>(stage.queries, p, in.q, p.q, chunk, place.key_head, 0, key_dim, full, thread);
+      fetch_image(stage.scores.base, p.prepared.scores, Memory::Matrix::kBytes);
     }
     arrive_fetched(full, !boxed);
   }
@@ -259,8 +234,18 @@ __device__ inline float2 factor_pair(const float* factors, Factor factor, int ti
   return *reinterpret_cast<const float2*>(&factors[factor * kTokens + tile * 8 + threadIdx.x % 4 * 2]);
 }
 
-// The same of all of a chunk's tokens: to be loaded while a product is under way.
+// The same of all of a chunk's tokens. kEarly: loaded at once, while a product is under way; else when they are used.
+template <bool kEarly>
 struct FactorPairs {
+  const float* factors;
+  Factor factor;
+
+  __device__ __forceinline__ FactorPairs(const float* factors, Factor factor) : factors(factors), factor(factor) {}
+  __device__ __forceinline__ float2 operator()(int tile) const { return factor_pair(factors, factor, tile); }
+};
+
+template <>
+struct FactorPairs<true> {
   float2 tiles[kTokens / 8];
 
   __device__ __forceinline__ FactorPairs(const float* factors, Factor factor) {
@@ -321,11 +306,12 @@ __device__ inline void store_columns(const TileView<T, kTokens, kGroupColumns>& 
 
 // A group's rows to their place, `column`, in a dense [B, T, Hv, V].
 template <typename T>
-__device__ __forceinline__ void store_tokens(void* output, const TokenRows& boxes,
-                                             const TileView<T, kTokens, kGroupColumns>& rows, const Inputs& in,
-                                             const Chunk& chunk, int64_t head, int column, unsigned thread) {
+__device__ __forceinline__ void store_tokens(void* output, const TokenRows& boxes, const ChunkParams& p,
+                                             const TileView<T, kTokens, kGroupColumns>& rows, const Chunk& chunk,
+                                             int64_t head, int column, unsigned thread) {
+  const Inputs& in = p.inputs;
   if (column >= in.value_dim) return;
-  if (kHasTensorMaps && boxes.boxed && chunk.tokens == kTokens) {
+  if (in_boxes(p, chunk)) {
     if (thread == 0) {
       store_box(boxes.map, column, static_cast<int>(chunk.token), static_cast<int>(head), static_cast<int>(chunk.batch),
                 rows.base);

@@ -31,6 +31,8 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
   using Team = ScanTeam<kGroups>;
   using Memory = ScanBackwardMemory<T, kKeys, kGroups>;
   using Stage = ScanStage<Memory, T, kKeys>;  // with do in place of v
+  // As in scan_kernel.
+  constexpr bool kRoomy = kGroups == 1;
   const Inputs& in = p.chunk.inputs;
   const int keys = static_cast<int>(in.key_dim), values = static_cast<int>(in.value_dim);
   wait_for_predecessor();
@@ -56,26 +58,16 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       const Stage stage(memory, turn.stage);
       wait_at(barriers.full[turn.stage], turn.phase);
 
-      Fragment x[kTokens / 16], dout[kTokens / 16];
-      Accumulator du[kTokens / 8];  // the gradient of u
-      {
-        Fragment s[kKeys / 16];
-        gradient.template round<T>(s);
-        begin_products();
-#pragma unroll
-        for (int k = 0; k < kKeys / 16; ++k) {
-          multiply_by_rows<kTokens / 8>(du, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
-        }
-        commit_products();
-        if (step > 0) wait_at(state_taken, step - 1);
-#pragma unroll
-        for (int k = 0; k < kKeys / 16; ++k) passed.state.store_rows_first(s[k], place.warp * 16, k * 16);
-        publish_shared();
-        arrive_as_warp(state_ready);
-        gradient.scale(chunk_decay(stage.factors));
+      Fragment s[kKeys / 16], dout[kTokens / 16], x[kTokens / 16];
+      const auto load_dout = [&] {
 #pragma unroll
         for (int k = 0; k < kTokens / 16; ++k) {
           stage.values.template load_columns_first<true>(dout[k], k * 16, place.tile_column());
+        }
+      };
+      const auto scale_dout = [&] {  // to x
+#pragma unroll
+        for (int k = 0; k < kTokens / 16; ++k) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float2 query_in = factor_pair(stage.factors, kQueryIn, 2 * k + i / 2);
@@ -84,20 +76,55 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
             x[k][i] = pack_pair<T>(low * query_in.x, high * query_in.y);
           }
         }
+      };
+      if constexpr (kRoomy) load_dout();
+      gradient.template round<T>(s);
+      const auto start_from_scores = [&](Accumulator(&c)[kTokens / 8], bool fresh) {
+#pragma unroll
+        for (int k = 0; k < kTokens / 16; ++k) {
+          multiply_by_columns<kTokens / 8>(c, InRegisters{dout}, k, stage.scores, k * 16, 0, fresh && k == 0);
+        }
+        commit_products();
+      };
+      const auto hand_over_state = [&] {
+        if (step > 0) wait_at(state_taken, step - 1);
+#pragma unroll
+        for (int k = 0; k < kKeys / 16; ++k) passed.state.store_rows_first(s[k], place.warp * 16, k * 16);
+        publish_shared();
+        arrive_as_warp(state_ready);
+      };
+      Accumulator du[kTokens / 8], from_scores[kTokens / 8];  // the gradient of u, and the part of it that o's has
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k) {
+        multiply_by_rows<kTokens / 8>(du, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
+      }
+      commit_products();
+      if constexpr (kRoomy) {
+        start_from_scores(from_scores, true);
+      } else {
+        hand_over_state();
+      }
+      gradient.scale(chunk_decay(stage.factors));
+      if constexpr (kRoomy) scale_dout();
+      wait_for_products<0>();
+      keep(du);
+      scale_tokens(du, stage.factors, kKeyOut);
+      if constexpr (kRoomy) {
+        keep(from_scores);
+#pragma unroll
+        for (int tile = 0; tile < kTokens / 8; ++tile) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) du[tile][i] += from_scores[tile][i];
+        }
+      } else {
+        load_dout();
+        begin_products();
+        start_from_scores(du, false);
+        scale_dout();
         wait_for_products<0>();
         keep(du);
       }
-      scale_tokens(du, stage.factors, kKeyOut);
-      begin_products();
-#pragma unroll
-      for (int k = 0; k < kTokens / 16; ++k) {
-        multiply_by_columns<kTokens / 8>(du, InRegisters{dout}, k, stage.scores, k * 16, 0);
-      }
-      commit_products();
-      gradient.template start_adding<T>(x, stage.queries);
-      commit_products();
-      wait_for_products<1>();
-      keep(du);
       round_plain<T>(dout, du);  // in the place of do, which is used up
       Accumulator w[kTokens / 8];
       begin_products();
@@ -106,15 +133,23 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
         multiply_by_columns<kTokens / 8>(w, InRegisters{dout}, k, stage.inverse, k * 16, 0, k == 0);
       }
       commit_products();
-      wait_for_products<0>();
+      gradient.template start_adding<T>(x, stage.queries);
+      commit_products();
+      if constexpr (kRoomy) {
+        hand_over_state();
+        wait_for_products<1>();
+      } else {
+        wait_for_products<0>();
+        keep(gradient.tiles);
+      }
       keep(w);
-      keep(gradient.tiles);
-      round_scaled<T>(x, w, [&](int tile) {
+      Fragment written[kTokens / 16];
+      round_scaled<T>(written, w, [&](int tile) {
         const float2 beta = factor_pair(stage.factors, kBeta, tile), key_in = factor_pair(stage.factors, kKeyIn, tile);
         return make_float2(-beta.x * key_in.x, -beta.y * key_in.y);
       });
       begin_products();
-      gradient.template start_adding<T>(x, stage.keys);
+      gradient.template start_adding<T>(written, stage.keys);
       commit_products();
       if (step > 0) wait_at(values_taken, step - 1);
       round_plain<T>(dout, w);
@@ -145,7 +180,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       arrive_as_warp(state_taken);
       wait_at(values_ready, step);
       store_image<typename Memory::Matrix>(p.w, unit, passed.values.base, in, column, place.thread);
-      store_tokens(p.dv.data, p.dv_rows, passed.rows, in, chunk, place.head, column, place.thread);
+      store_tokens(p.dv.data, p.dv_rows, p.chunk, passed.rows, chunk, place.head, column, place.thread);
       wait_for_stores();
       arrive_as_warp(values_taken);
     }

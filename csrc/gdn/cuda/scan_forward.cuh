@@ -24,6 +24,8 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
   using Memory = ScanForwardMemory<T, kKeys, kGroups, kScan>;
   using Stage = ScanStage<Memory, T, kKeys>;
   constexpr bool kOutputs = kScan == Scan::outputs;
+  // Registers to keep the rounded state for longer, so that it is handed over while a short product is under way.
+  constexpr bool kRoomy = kGroups == 1;
   const Inputs& in = p.chunk.inputs;
   const int keys = static_cast<int>(in.key_dim), values = static_cast<int>(in.value_dim);
   wait_for_predecessor();
@@ -48,40 +50,40 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       const Stage stage(memory, turn.stage);
       wait_at(barriers.full[turn.stage], turn.phase);
 
-      Fragment x[kTokens / 16];  // first v, then the right side of the system, then u
+      Fragment s[kKeys / 16];
+      state.template round<T>(s);
       Accumulator read[kTokens / 8];
-      {
-        Fragment s[kKeys / 16];
-        state.template round<T>(s);
-        begin_products();
+      begin_products();
 #pragma unroll
-        for (int k = 0; k < kKeys / 16; ++k) {
-          multiply_by_rows<kTokens / 8>(read, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
-        }
-        commit_products();
+      for (int k = 0; k < kKeys / 16; ++k) {
+        multiply_by_rows<kTokens / 8>(read, InRegisters{s}, k, stage.keys, 0, k * 16, k == 0);
+      }
+      commit_products();
+      const auto hand_over_state = [&] {
         if (index > 0) wait_at(state_taken, index - 1);
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) passed.state.store_rows_first(s[k], place.warp * 16, k * 16);
         publish_shared();
         arrive_as_warp(state_ready);
+      };
+      if constexpr (!kRoomy) hand_over_state();
+      Fragment x[kTokens / 16];  // first v, then the right side of the system, then u
 #pragma unroll
-        for (int k = 0; k < kTokens / 16; ++k) {
-          stage.values.template load_columns_first<true>(x[k], k * 16, place.tile_column());
-        }
-        wait_for_products<0>();
-        keep(read);
+      for (int k = 0; k < kTokens / 16; ++k) {
+        stage.values.template load_columns_first<true>(x[k], k * 16, place.tile_column());
       }
+      const FactorPairs<kRoomy> key_in(stage.factors, kKeyIn), beta(stage.factors, kBeta);
+      wait_for_products<0>();
+      keep(read);
 #pragma unroll
       for (int k = 0; k < kTokens / 16; ++k) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int tile = 2 * k + i / 2;
-          const float2 key_in = factor_pair(stage.factors, kKeyIn, tile);
-          const float2 beta = factor_pair(stage.factors, kBeta, tile);
           float low, high;
           unpack_pair<T>(x[k][i], low, high);
-          x[k][i] = pack_pair<T>(beta.x * (low - key_in.x * read[tile][i % 2 * 2]),
-                                 beta.y * (high - key_in.y * read[tile][i % 2 * 2 + 1]));
+          x[k][i] = pack_pair<T>(beta(tile).x * (low - key_in(tile).x * read[tile][i % 2 * 2]),
+                                 beta(tile).y * (high - key_in(tile).y * read[tile][i % 2 * 2 + 1]));
         }
       }
       Accumulator u[kTokens / 8];
@@ -91,8 +93,9 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         multiply_by_rows<kTokens / 8>(u, InRegisters{x}, k, stage.inverse, 0, k * 16, k == 0);
       }
       commit_products();
+      if constexpr (kRoomy) hand_over_state();
       state.scale(chunk_decay(stage.factors));
-      const FactorPairs key_out(stage.factors, kKeyOut);
+      const FactorPairs<true> key_out(stage.factors, kKeyOut);
       wait_for_products<0>();
       keep(u);
       Fragment written[kTokens / 16];
@@ -116,27 +119,43 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
     if constexpr (kGroups == 2) leave_registers<Team::kPassOnRegisters>();
     Barrier &state_ready = barriers.state_ready[place.group], &state_taken = barriers.state_taken[place.group];
     Barrier &values_ready = barriers.values_ready[place.group], &values_taken = barriers.values_taken[place.group];
-    for (int64_t index = 0; index < place.chunks; ++index, turn.next()) {
-      const Stage stage(memory, turn.stage);
-      const Chunk chunk = place.chunk(index);
-      const int column = place.block_column + place.group_column;
-      if constexpr (kOutputs) {
-        wait_at(barriers.full[turn.stage], turn.phase);
-        wait_at(state_ready, index);
-        Accumulator o[kTokens / 8];
+    const int column = place.block_column + place.group_column;
+    if constexpr (kOutputs) {
+      Accumulator from_state[kTokens / 8];  // q S
+      Turn<Memory::kStages> next;
+      // Of a chunk that there is not, the product of whatever lies there, since what is under way must be so always.
+      const auto start_from_state = [&](int64_t index) {
+        const Stage stage(memory, next.stage);
+        if (index < place.chunks) {
+          wait_at(barriers.full[next.stage], next.phase);
+          wait_at(state_ready, index);
+        }
         begin_products();
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) {
-          multiply_by_rows<kTokens / 8>(o, RowsOf<T, kTokens, kKeys>{passed.state}, k, stage.queries, 0, k * 16,
-                                        k == 0);
+          multiply_by_rows<kTokens / 8>(from_state, RowsOf<T, kTokens, kKeys>{passed.state}, k, stage.queries, 0,
+                                        k * 16, k == 0);
         }
         commit_products();
+        next.next();
+      };
+      if constexpr (kRoomy) start_from_state(0);
+      for (int64_t index = 0; index < place.chunks; ++index, turn.next()) {
+        const Stage stage(memory, turn.stage);
+        if constexpr (!kRoomy) start_from_state(index);
         wait_for_stores();  // of the last chunk's rows
         arrive_as_warp(barriers.rows[place.group]);
         wait_for_products<0>();
-        keep(o);
+        keep(from_state);
         arrive_as_warp(state_taken);
-        scale_tokens(o, stage.factors, kQueryIn);
+        Accumulator own[kTokens / 8];
+        auto& o = *(kRoomy ? &own : &from_state);
+#pragma unroll
+        for (int tile = 0; tile < kTokens / 8; ++tile) {
+          const float2 query_in = factor_pair(stage.factors, kQueryIn, tile);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) o[tile][i] = from_state[tile][i] * (i % 2 ? query_in.y : query_in.x);
+        }
         wait_at(values_ready, index);
         begin_products();
 #pragma unroll
@@ -148,6 +167,8 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         keep(o);
         arrive_as_warp(values_taken);
         arrive_as_warp(barriers.empty[turn.stage]);
+        // Under way while this chunk's rows are written.
+        if constexpr (kRoomy) start_from_state(index + 1);
         Fragment x[kTokens / 16];
         round_plain<T>(x, o);
         wait_at(barriers.rows[place.group], 2 * index);
@@ -155,8 +176,11 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         publish_shared();
         arrive_as_warp(barriers.rows[place.group]);
         wait_at(barriers.rows[place.group], 2 * index + 1);
-        store_tokens(p.o.data, p.o_rows, passed.rows, in, chunk, place.head, column, place.thread);
-      } else {
+        store_tokens(p.o.data, p.o_rows, p.chunk, passed.rows, place.chunk(index), place.head, column, place.thread);
+      }
+      wait_for_products<0>();
+    } else {
+      for (int64_t index = 0; index < place.chunks; ++index) {
         const int64_t unit = place.unit(in, index);
         wait_at(state_ready, index);
         store_image<typename Memory::Rows>(p.states, unit, passed.state.base, in, column, place.thread);

@@ -21,11 +21,9 @@ inline int64_t padded_keys(const Inputs& inputs) {
   return inputs.key_dim <= 64 ? 64 : inputs.key_dim <= 128 ? 128 : 256;
 }
 
-// What prepare_kernel leaves, for [chunk number][key head] and [chunk number][value head]. Images are tiles as they lie
-// in shared memory (common/cuda/tile.cuh).
+// What prepare_kernel leaves, for [chunk number][value head]. Images are tiles as they lie in shared memory
+// (common/cuda/tile.cuh).
 struct Prepared {
-  void* keys;      // images [kTokens, padded K] T
-  void* queries;   // the same
   void* inverse;   // images [kTokens, kTokens] T
   void* scores;    // the same
   float* factors;  // [kFactors, kTokens]
@@ -35,8 +33,6 @@ struct Prepared {
 class ChunkScratch {
  public:
   ChunkScratch(const Inputs& inputs, void* memory) : next_(static_cast<char*>(memory)), inputs_(inputs) {
-    prepared.keys = take(chunks() * inputs.key_heads * kTokens * padded_keys(inputs) * element());
-    prepared.queries = take(chunks() * inputs.key_heads * kTokens * padded_keys(inputs) * element());
     prepared.inverse = take(units() * kMatrix * element());
     prepared.scores = take(units() * kMatrix * element());
     prepared.factors = reinterpret_cast<float*>(take(units() * kFactors * kTokens * 4));
