@@ -57,6 +57,20 @@ __device__ __forceinline__ void wait_at(Barrier& barrier, int64_t phase) {
 #endif
 }
 
+// The stages in turn, each with the number of times it was used before.
+template <int kStages>
+struct Turn {
+  int stage = 0;
+  int phase = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      ++phase;
+    }
+  }
+};
+
 // How many registers the threads of a warpgroup have from here on; all its warps call it.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {

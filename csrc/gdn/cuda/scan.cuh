@@ -181,20 +181,6 @@ struct ScanPlace {
   }
 };
 
-// The stages in turn, each with the number of times it was used before.
-template <int kStages>
-struct Turn {
-  int stage = 0;
-  int phase = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      ++phase;
-    }
-  }
-};
-
 // The fetching warpgroup's work: all chunks, one after another, from the first on or backwards.
 template <class Memory, typename T, int kKeys, int kGroups>
 __device__ __forceinline__ void fetch_chunks(char* memory, typename Memory::Barriers& barriers,

@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
         if (step > 0) wait_at(state_taken, step - 1);
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) passed.state.store_rows_first(s[k], place.warp * 16, k * 16);
-        publish_shared();
         arrive_as_warp(state_ready);
       };
       Accumulator du[kTokens / 8], from_scores[kTokens / 8];  // the gradient of u, and the part of it that o's has
@@ -156,7 +155,6 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
       store_rows(passed.values, place.warp, dout);
       round_scaled<T>(dout, w, [&](int tile) { return factor_pair(stage.factors, kBeta, tile); });
       store_columns(passed.rows, place.warp * 16, dout);
-      publish_shared();
       arrive_as_warp(values_ready);
       wait_for_products<0>();
       keep(gradient.tiles);
@@ -173,12 +171,14 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1)
     for (int64_t step = 0; step < place.chunks; ++step) {
       const Chunk chunk = place.chunk(last - step);
       wait_at(state_ready, step);
+      publish_shared();
       const int column = place.block_column + place.group_column;
       const int64_t unit = place.unit(in, last - step);
       store_image<typename Memory::Rows>(p.dstates, unit, passed.state.base, in, column, place.thread);
       wait_for_stores();
       arrive_as_warp(state_taken);
       wait_at(values_ready, step);
+      publish_shared();
       store_image<typename Memory::Matrix>(p.w, unit, passed.values.base, in, column, place.thread);
       store_tokens(p.dv.data, p.dv_rows, p.chunk, passed.rows, chunk, place.head, column, place.thread);
       wait_for_stores();

@@ -63,7 +63,6 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         if (index > 0) wait_at(state_taken, index - 1);
 #pragma unroll
         for (int k = 0; k < kKeys / 16; ++k) passed.state.store_rows_first(s[k], place.warp * 16, k * 16);
-        publish_shared();
         arrive_as_warp(state_ready);
       };
       if constexpr (!kRoomy) hand_over_state();
@@ -106,7 +105,6 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       round_plain<T>(x, u);
       if (index > 0) wait_at(values_taken, index - 1);
       store_rows(passed.values, place.warp, x);
-      publish_shared();
       arrive_as_warp(values_ready);
       wait_for_products<0>();
       keep(state.tiles);
@@ -129,6 +127,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         if (index < place.chunks) {
           wait_at(barriers.full[next.stage], next.phase);
           wait_at(state_ready, index);
+          publish_shared();  // here rather than by who wrote it, which has no time for it
         }
         begin_products();
 #pragma unroll
@@ -157,6 +156,7 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
           for (int i = 0; i < 4; ++i) o[tile][i] = from_state[tile][i] * (i % 2 ? query_in.y : query_in.x);
         }
         wait_at(values_ready, index);
+        publish_shared();
         begin_products();
 #pragma unroll
         for (int k = 0; k < kTokens / 16; ++k) {
@@ -173,9 +173,9 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
         round_plain<T>(x, o);
         wait_at(barriers.rows[place.group], 2 * index);
         store_columns(passed.rows, place.warp * 16, x);
-        publish_shared();
         arrive_as_warp(barriers.rows[place.group]);
         wait_at(barriers.rows[place.group], 2 * index + 1);
+        publish_shared();
         store_tokens(p.o.data, p.o_rows, p.chunk, passed.rows, place.chunk(index), place.head, column, place.thread);
       }
       wait_for_products<0>();
@@ -183,10 +183,12 @@ __global__ void __launch_bounds__(ScanTeam<kGroups>::kThreads, 1) scan_kernel(co
       for (int64_t index = 0; index < place.chunks; ++index) {
         const int64_t unit = place.unit(in, index);
         wait_at(state_ready, index);
+        publish_shared();
         store_image<typename Memory::Rows>(p.states, unit, passed.state.base, in, column, place.thread);
         wait_for_stores();
         arrive_as_warp(state_taken);
         wait_at(values_ready, index);
+        publish_shared();
         store_image<typename Memory::Matrix>(p.o.data, unit, passed.values.base, in, column, place.thread);
         wait_for_stores();
         arrive_as_warp(values_taken);
