@@ -22,7 +22,8 @@ def test_runs_repeat(case, device):
     outputs = case.run(inlay, tensors)
     douts = random_like(outputs)
     first = gradients(case, inlay, tensors, douts)
-    for _ in range(20):
+    runs = 1000 if device == "cuda" and "mode" not in case.options else 20
+    for _ in range(runs):
         for output, expected in zip(case.run(inlay, tensors), outputs, strict=True):
             assert_same_bits(output, expected, str(case))
         for name, grad in gradients(case, inlay, tensors, douts).items():

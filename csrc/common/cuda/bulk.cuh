@@ -31,9 +31,6 @@ __device__ __forceinline__ void arrive_fetched(Barrier& barrier, bool copies) {
   arrive_as_warp(barrier);
 }
 
-// Until the copies of phase 0, 1, 2 ... have come; visible to products too.
-__device__ __forceinline__ void wait_for_bytes(Barrier& barrier, int64_t phase) { wait_at(barrier, phase); }
-
 // By one thread. Both addresses and `bytes` are multiples of 16.
 __device__ __forceinline__ void start_bulk_fetch(uint32_t shared, const void* global, int bytes, Barrier& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
@@ -73,7 +70,6 @@ __device__ inline void arrive_fetched(Barrier& barrier, bool) {
   __threadfence_block();  // some may have been no copies
   arrive_after_copies(barrier);
 }
-__device__ inline void wait_for_bytes(Barrier&, int64_t) {}
 
 template <int kThreads>
 __device__ inline void fetch_bytes(uint32_t shared, const void* global, int bytes, Barrier&, unsigned thread) {
@@ -92,13 +88,5 @@ __device__ inline void store_bytes_bulk(void* global, uint32_t shared, int bytes
 __device__ inline void wait_for_stores() {}
 
 #endif
-
-// Shared memory to global by all threads at once.
-template <int kThreads>
-__device__ __forceinline__ void store_bytes(void* global, uint32_t shared, int bytes, unsigned thread) {
-  for (int i = static_cast<int>(thread) * 16; i < bytes; i += kThreads * 16) {
-    *reinterpret_cast<uint4*>(static_cast<char*>(global) + i) = load_shared(shared + i);
-  }
-}
 
 }  // namespace inlay::cuda
