@@ -41,7 +41,8 @@ class Case:
     def __str__(self) -> str:
         norm = f"norm_{self.rounding}+{self.weight_offset:g}" if self.norm else "rotary_alone"
         flags = [name for name in ("interleaved", "one_angle_per_pair") if getattr(self, name)]
-        dtypes = [f"{name}_{short_name(getattr(self, name))}" for name in ("angles", "parameters") if getattr(self, name)]
+        others = {"angles": self.angles, "parameters": self.parameters}
+        dtypes = [f"{name}_{short_name(dtype)}" for name, dtype in others.items() if dtype]
         return "-".join([norm, self.rotary_rounding, f"{self.rotary}of4", self.batches, *flags, *dtypes])
 
     def rotary_dim(self, width: int) -> int:
