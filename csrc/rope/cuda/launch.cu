@@ -59,7 +59,7 @@ Launch<ForwardParams> find_forward(const ForwardParams& p) {
   const auto fits = [](const ForwardSide& side) { return aligned(side.x) && aligned(side.weight.data); };
   const int shape = shape_for(kForwardShapes, p);
   if (shape < 0 || !fits_registers(p, p.q.heads + p.k.heads) || !fits(p.q) || !fits(p.k)) return general_forward(p);
-  // The sides differ where one weight alone is wider than its side. Then float32 would round too little.
+  // The sides differ where one weight alone is wider than its side: one is to be rounded where the other is not.
   if (p.q.rounds_products != p.k.rounds_products) return general_forward(p);
   return with_type(p.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -76,8 +76,8 @@ Launch<ForwardParams> find_forward(const ForwardParams& p) {
 }
 
 BackwardLaunch find_backward(const BackwardParams& p) {
-  const auto fits = [](const BackwardSide& side) {
-    return aligned(side.dy) && aligned(side.x) && aligned(side.weight.data);
+  const auto fits = [&](const BackwardSide& side) {
+    return aligned(side.dy) && (!p.normalises || aligned(side.x)) && aligned(side.weight.data);
   };
   const int shape = shape_for(kBackwardShapes, p);
   if (shape < 0 || !fits_registers(p, p.q.heads + p.k.heads) || !fits(p.q) || !fits(p.k)) return general_backward(p);
