@@ -116,7 +116,7 @@ def attention(
         features = kernels.Features(needs_grad, mask is not None, bias is not None, dropout_p > 0)
         if not kernels.has_kernel(q, v, features):
             check_attention(
-                q, k, v, causal, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k,
+                q, k, v, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k,
                 kv_lengths, dropout_p, key_ranges,
             )  # fmt: skip
             return reference.attention(
@@ -148,7 +148,7 @@ def attention(
         return (y, lse) if return_lse else y
     except Exception:
         check_attention(
-            q, k, v, causal, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k, kv_lengths,
+            q, k, v, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k, kv_lengths,
             dropout_p, key_ranges,
         )  # fmt: skip
         raise
