@@ -63,8 +63,9 @@ def check_attention(
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    checks.supported(_OP, "q", q)
     for name, tensor, axes in (("q", q, "B, Sq, Hq, D"), ("k", k, "B, Sk, Hkv, D"), ("v", v, "B, Sk, Hkv, DV")):
-        checks.supported(_OP, name, tensor)
+        checks.given(_OP, name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{_OP}: {name} must have shape [{axes}], got {list(tensor.shape)}")
         width = tensor.shape[3]
