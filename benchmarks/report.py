@@ -61,7 +61,8 @@ def _tables(family: str, path: Path) -> str:
     subject = FAMILIES[family].subject
     said = ", ".join(f"{name} {value}" for name, value in about.items() if name not in ("device", "date"))
     lines = [
-        f"**{about['device']}**, {about['date']} ({said}). bf16; microseconds, in brackets {_unit(rows)}. `python benchmarks/run.py {family} --device {device}`",
+        f"**{about['device']}**, {about['date']} ({said}). bf16; microseconds, in brackets {_unit(rows)}. "
+        f"`python benchmarks/run.py {family} --device {device}`",
         "",
         f"![{family} on {about['device']}](benchmarks/results/{path.stem}.svg)",
     ]
