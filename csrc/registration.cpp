@@ -22,6 +22,24 @@ STABLE_TORCH_LIBRARY(inlay, m) {
       "bool needs_dweight, bool needs_dbias) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
       "Tensor dbias)");
 
+  // attention. `attention` is for inference; `attention_fwd` also returns what the backward needs: the logarithms of
+  // the softmax's denominators and, empty unless wanted, the result before the gate.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? sinks, Tensor? bias, Tensor? mask, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? kv_lengths, Tensor? key_ranges, Tensor? dropout_seed, "
+      "float scale, int window_left, int window_right, float softcap, float dropout_p, bool allow_tf32) -> Tensor");
+  m.def(
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? sinks, Tensor? bias, Tensor? mask, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? kv_lengths, Tensor? key_ranges, Tensor? dropout_seed, "
+      "float scale, int window_left, int window_right, float softcap, float dropout_p, bool allow_tf32, "
+      "bool wants_o) -> (Tensor y, Tensor lse, Tensor o)");
+  m.def(
+      "attention_bwd(Tensor dout, Tensor? dlse, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor? gate, "
+      "Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? kv_lengths, "
+      "Tensor? key_ranges, Tensor? dropout_seed, float scale, int window_left, int window_right, float softcap, "
+      "float dropout_p, bool allow_tf32, bool needs_dbias, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, "
+      "Tensor dgate, Tensor dsinks, Tensor dbias)");
+
   // conv. A final state is empty unless wanted.
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "

@@ -16,6 +16,7 @@ TokenTensor token_tensor(const TensorInfo& tensor);
 
 // One sequence a batch row, or those that `cu_seqlens` marks off: [N + 1] int32 or int64 on the device of `reference`,
 // a tensor [B, T, ...] whose B is then 1. The offsets themselves are not looked at.
-Sequences sequences_of(const char* op, const OptionalTensor& cu_seqlens, const TensorInfo& reference);
+Sequences sequences_of(const char* op, const OptionalTensor& cu_seqlens, const TensorInfo& reference,
+                       const char* name = "cu_seqlens");
 
 }  // namespace inlay

@@ -4,6 +4,7 @@ Each function has the public op's signature, runs on any device and in any dtype
 differentiable by autograd, and imports nothing from ``inlay.ops``.
 """
 
+from inlay.reference.attention import attention
 from inlay.reference.conv import causal_conv1d, causal_conv1d_step
 from inlay.reference.gdn import gated_delta_rule, gated_delta_step, gdn_gates, gdn_layer_step
 from inlay.reference.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
@@ -11,6 +12,7 @@ from inlay.reference.rope import qk_norm_rope
 
 __all__ = [
     "add_rms_norm",
+    "attention",
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_delta_rule",
