@@ -1,0 +1,329 @@
+// The forward for 16-bit values on Hopper.
+//
+// A tile is `queries` queries of one head of one sequence. Blocks stay on the chip and take tile after tile, the longest
+// ones first, until none is left. Of a block's warpgroups the first is split: one of its warps takes tiles and says what
+// they are (TileInfo), another fetches the tile's q and, key tile by key tile from the last to the first, k and v. Each
+// of the other warpgroups has 64 of the queries:
+//
+//   s = q k^T of one tile of keys, m = the largest scores so far, p = 2^(s - m), o = o * 2^(old m - m) + p v
+//
+// with everything but q, k and v in registers. While the special function units compute the p of one tile of keys, the
+// tensor cores multiply the p of the one before by its v; the groups help each other in the same way.
+//
+// Barriers, each in shared memory: k, v, q and TileInfo come in rings of buffers that are `full` (the copies have come,
+// or the one warp has written) and then `free` (all warps that read them have said so).
+#pragma once
+
+#include "attention/cuda/config.h"
+#include "attention/cuda/softmax.cuh"
+#include "attention/cuda/tiles.cuh"
+#include "attention/params.h"
+#include "common/cuda/barrier.cuh"
+#include "common/cuda/tensor_map.cuh"
+#include "common/cuda/wgmma.cuh"
+
+namespace inlay::attention::cuda {
+
+struct ForwardArguments {
+  CUtensorMap q, k, v;
+  ForwardParams params;
+  TileOrder order;
+};
+
+template <typename T_, int kShape>
+struct ForwardConfig {
+  using T = T_;
+  static constexpr ForwardShape kUse = kForwardShapes[kShape];
+  static constexpr int kQueries = kUse.queries(), kKeys = kUse.keys, kGroups = kUse.groups, kStages = kUse.stages;
+  static constexpr int kThreads = kUse.threads();
+  static constexpr int kKeyTiles = kKeys / 8, kValueTiles = kUse.value_dim / 8;  // of accumulators
+  static constexpr int kDepthSteps = kUse.head_dim / 16, kKeySteps = kKeys / 16;
+  static_assert(kUse.head_dim % 16 == 0 && kUse.value_dim % 8 == 0 && kKeys % 16 == 0);
+
+  using QueryTile = inlay::cuda::Tile<T, kQueries, kUse.head_dim>;
+  using KeyTile = inlay::cuda::Tile<T, kKeys, kUse.head_dim>;
+  using ValueTile = inlay::cuda::Tile<T, kKeys, kUse.value_dim>;
+  static constexpr int kDepthPanels = (kUse.head_dim + 63) / 64, kValuePanels = (kUse.value_dim + 63) / 64;
+  static constexpr int kKeysAt = QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
+  static constexpr int kControlAt = kValuesAt + kStages * ValueTile::kBytes;
+  static_assert(KeyTile::kPanelBytes % 1024 == 0);
+};
+
+constexpr int kTileSlots = 2;
+
+template <int kStages>
+struct ForwardControl {
+  using Barrier = inlay::cuda::BulkBarrier;
+  Barrier q_full, q_free;
+  Barrier k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+  Barrier tile_full[kTileSlots], tile_free[kTileSlots];
+  TileInfo tiles[kTileSlots];
+};
+
+template <class C>
+constexpr int kForwardSharedBytes = C::kControlAt + static_cast<int>(sizeof(ForwardControl<C::kStages>));
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+using namespace inlay::cuda;
+
+// A place in a ring of buffers; the parity is that of the phase in which the buffer gets full.
+template <int kSize>
+struct RingPlace {
+  int index = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void step() {
+    if (++index == kSize) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Takes tiles and publishes them; a whole warp.
+template <class C>
+__device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C::kStages>& control) {
+  RingPlace<kTileSlots> place;
+  const bool leader = threadIdx.x % 32 == 0;
+  for (uint32_t number = blockIdx.x;;) {
+    TileInfo info{};
+    const bool any = number < arguments.order.count;
+    if (any) info = describe_tile<C::kQueries, C::kKeys>(arguments.params.inputs, arguments.order, number);
+    if (any && info.query_count == 0) {  // numbers without a tile, between packed sequences
+      number = next_tile(arguments.order, number);
+      continue;
+    }
+    wait_for_bytes(control.tile_free[place.index], place.parity ^ 1);
+    if (leader) {
+      control.tiles[place.index] = info;
+      arrive(control.tile_full[place.index]);
+    }
+    __syncwarp();
+    if (!any) return;
+    place.step();
+    number = next_tile(arguments.order, number);
+  }
+}
+
+// Fetches q, k and v of all tiles; one thread.
+template <class C>
+__device__ void fetch_tiles(const ForwardArguments& arguments, ForwardControl<C::kStages>& control, uint32_t shared) {
+  RingPlace<kTileSlots> tile;
+  RingPlace<1> q;
+  RingPlace<C::kStages> k, v;
+  const auto fetch_panels = [](uint32_t to, int panels, int panel_bytes, const CUtensorMap& map, int token, int head,
+                               int batch, BulkBarrier& full) {
+    expect_bytes(full, panels * panel_bytes, 0);
+#pragma unroll 1
+    for (int panel = 0; panel < panels; ++panel) {
+      fetch_box(to + panel * panel_bytes, map, panel * 64, token, head, batch, full);
+    }
+  };
+  for (;; tile.step()) {
+    wait_for_bytes(control.tile_full[tile.index], tile.parity);
+    const TileInfo info = control.tiles[tile.index];
+    arrive(control.tile_free[tile.index]);
+    if (info.query_count == 0) return;
+    if (info.first_block == info.end_block) continue;
+    const auto fetch_values = [&](int block) {
+      wait_for_bytes(control.v_free[v.index], v.parity ^ 1);
+      fetch_panels(shared + C::kValuesAt + v.index * C::ValueTile::kBytes, C::kValuePanels, C::ValueTile::kPanelBytes,
+                   arguments.v, info.key_row + block * C::kKeys, info.key_head, info.batch, control.v_full[v.index]);
+      v.step();
+    };
+    wait_for_bytes(control.q_free, q.parity ^ 1);
+    fetch_panels(shared, C::kDepthPanels, C::QueryTile::kPanelBytes, arguments.q, info.query_row, info.head, info.batch,
+                 control.q_full);
+    q.step();
+#pragma unroll 1
+    for (int block = info.end_block - 1; block >= info.first_block; --block) {
+      wait_for_bytes(control.k_free[k.index], k.parity ^ 1);
+      fetch_panels(shared + C::kKeysAt + k.index * C::KeyTile::kBytes, C::kDepthPanels, C::KeyTile::kPanelBytes,
+                   arguments.k, info.key_row + block * C::kKeys, info.key_head, info.batch, control.k_full[k.index]);
+      k.step();
+      if (block != info.end_block - 1) fetch_values(block + 1);
+    }
+    fetch_values(info.first_block);
+  }
+}
+
+// Rows of a tile of v that hold no keys of the sequence count with probability zero, but may be infinite or NaN.
+template <class C>
+__device__ __forceinline__ void clear_values(uint32_t values, int first_row, int group) {
+  const int pieces = (C::kKeys - first_row) * 8 * C::kValuePanels;
+#pragma unroll 1
+  for (int i = threadIdx.x % 128; i < pieces; i += 128) {
+    const int row = first_row + i / (8 * C::kValuePanels), piece = i % (8 * C::kValuePanels);
+    store_shared(values + piece / 8 * C::ValueTile::kPanelBytes + row * 128 + piece % 8 * 16, uint4{0, 0, 0, 0});
+  }
+  publish_shared();
+  meet_at(1 + group, 128);
+}
+
+// The work of one warpgroup.
+template <class C>
+__device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments, ForwardControl<C::kStages>& control,
+                                              uint32_t shared, int group) {
+  using T = typename C::T;
+  const ForwardParams& params = arguments.params;
+  const int lane = threadIdx.x % 32;
+  const int own_row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;  // and the eighth after it
+  const uint64_t query_descriptor = matrix_descriptor(shared + group * 64 * 128, C::QueryTile::kPanelBytes);
+  const uint64_t key_descriptor = matrix_descriptor(shared + C::kKeysAt, C::KeyTile::kPanelBytes);
+  const uint64_t value_descriptor = matrix_descriptor(shared + C::kValuesAt, C::ValueTile::kPanelBytes);
+  const ScoreScale scale(params.inputs);
+
+  RingPlace<kTileSlots> tile;
+  RingPlace<1> q;
+  RingPlace<C::kStages> k, v;
+  Accumulator s[C::kKeyTiles], o[C::kValueTiles];
+  Fragment p[C::kKeySteps];
+
+  const auto say_free = [&](BulkBarrier& barrier) {
+    if (lane == 0) arrive(barrier);
+  };
+  const auto start_scores = [&] {
+    const uint64_t keys = advance(key_descriptor, k.index * C::KeyTile::kBytes);
+#pragma unroll
+    for (int step = 0; step < C::kDepthSteps; ++step) {
+      start_product_of<T, C::kKeyTiles, false, false>(
+          s, advance(query_descriptor, step / 4 * C::QueryTile::kPanelBytes + step % 4 * 32),
+          advance(keys, step / 4 * C::KeyTile::kPanelBytes + step % 4 * 32), step != 0);
+    }
+    commit_products();
+  };
+  const auto start_values = [&] {
+    const uint64_t values = advance(value_descriptor, v.index * C::ValueTile::kBytes);
+#pragma unroll
+    for (int step = 0; step < C::kKeySteps; ++step) {
+      start_product_of<T, C::kValueTiles, true>(o, p[step], advance(values, step * 2048), 1);
+    }
+    commit_products();
+  };
+  const auto wait_for_turn = [&] {
+    if constexpr (C::kUse.in_turns) meet_at(8 + group, 256);
+  };
+  const auto end_turn = [&] {
+    if constexpr (C::kUse.in_turns) arrive_at(8 + (group + 1) % C::kGroups, 256);
+  };
+  if constexpr (C::kUse.in_turns) {
+    if (group == C::kGroups - 1) end_turn();
+  }
+
+  for (;; tile.step()) {
+    wait_for_bytes(control.tile_full[tile.index], tile.parity);
+    const TileInfo& info = control.tiles[tile.index];
+    if (info.query_count == 0) break;
+    RowState rows;
+    const RowLimits limits(params.inputs, info, own_row);
+    const int blocks = __shfl_sync(0xffffffffu, info.end_block - info.first_block, 0);
+    const int first_full_block = info.first_full_block, end_full_block = info.end_full_block;
+#pragma unroll
+    for (Accumulator& c : o) c[0] = c[1] = c[2] = c[3] = 0.0f;
+
+    if (blocks > 0) {
+      wait_for_bytes(control.q_full, q.parity);
+      q.step();
+      wait_for_bytes(control.k_full[k.index], k.parity);
+      wait_for_turn();
+      begin_products();
+      start_scores();
+      end_turn();
+      wait_for_products<0>();
+      keep(s);
+      say_free(control.k_free[k.index]);
+      k.step();
+      int block = info.end_block - 1;
+      if (scale.before) scale.apply(s);
+      if (block < first_full_block || block >= end_full_block) limits.hide(s, block * C::kKeys);
+      rows.exponentiate(s, scale.factor);
+      pack_probabilities<T>(p, s);
+      if (info.clear_from != 0) {
+        wait_for_bytes(control.v_full[v.index], v.parity);
+        clear_values<C>(shared + C::kValuesAt + v.index * C::ValueTile::kBytes, info.clear_from, group);
+      }
+
+      if (blocks > 1) wait_for_bytes(control.k_full[k.index], k.parity);
+
+#pragma unroll 1
+      for (int left = blocks - 1; left > 0; --left) {
+        --block;
+        wait_for_turn();
+        begin_products();
+        start_scores();
+        wait_for_bytes(control.v_full[v.index], v.parity);
+        start_values();
+        end_turn();
+        wait_for_products<1>();
+        keep(s);
+        say_free(control.k_free[k.index]);
+        k.step();
+        if (scale.before) scale.apply(s);
+        if (block < first_full_block || block >= end_full_block) limits.hide(s, block * C::kKeys);
+        const bool moved = rows.exponentiate(s, scale.factor);
+        // Of the next round, but here: the compiler would move the wait for v's product to before the exponentials, if
+        // it were not for the loop between them.
+        keep(s);
+        if (left > 1) wait_for_bytes(control.k_full[k.index], k.parity);
+        wait_for_products<0>();
+        keep(o);
+        say_free(control.v_free[v.index]);
+        v.step();
+        if (moved) rows.rescale(o);
+        pack_probabilities<T>(p, s);
+      }
+      say_free(control.q_free);
+      wait_for_bytes(control.v_full[v.index], v.parity);
+      begin_products();
+      start_values();
+      wait_for_products<0>();
+      keep(o);
+      say_free(control.v_free[v.index]);
+      v.step();
+    }
+    finish_rows<T>(params, info, rows, scale.factor, o, own_row);
+    __syncwarp();
+    say_free(control.tile_free[tile.index]);
+  }
+}
+
+#endif
+
+template <class C>
+__global__ __launch_bounds__(C::kThreads, 1) void forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  char* const memory = dynamic_shared();
+  const uint32_t shared = shared_address(memory);
+  auto& control = *reinterpret_cast<ForwardControl<C::kStages>*>(memory + C::kControlAt);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (threadIdx.x == 0) {
+    constexpr int kReaders = C::kGroups * 4;  // warps
+    init_barrier(control.q_full, 1);
+    init_barrier(control.q_free, kReaders);
+    for (int i = 0; i < C::kStages; ++i) {
+      init_barrier(control.k_full[i], 1);
+      init_barrier(control.k_free[i], kReaders);
+      init_barrier(control.v_full[i], 1);
+      init_barrier(control.v_free[i], kReaders);
+    }
+    for (int i = 0; i < kTileSlots; ++i) {
+      init_barrier(control.tile_full[i], 1);
+      init_barrier(control.tile_free[i], kReaders + 1);
+    }
+  }
+  __syncthreads();
+  wait_for_predecessor();
+  release_successor();
+  if (warp < 4) {
+    leave_registers<C::kUse.few_registers()>();
+    if (warp == 0) take_tiles<C>(arguments, control);
+    if (warp == 1 && threadIdx.x % 32 == 0) fetch_tiles<C>(arguments, control, shared);
+  } else {
+    take_registers<C::kUse.many_registers()>();
+    compute_tiles<C>(arguments, control, shared, warp / 4 - 1);
+  }
+#endif
+}
+
+}  // namespace inlay::attention::cuda

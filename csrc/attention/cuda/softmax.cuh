@@ -1,0 +1,246 @@
+// Scores to probabilities and results, as one warpgroup holds them: a thread has two queries, `own_row` of the tile and
+// the eighth after it, and of each 8 columns two (see mma.cuh); four neighbouring threads share their queries.
+#pragma once
+
+#include "attention/cuda/tiles.cuh"
+#include "attention/params.h"
+#include "common/cuda/mma.cuh"
+#include "common/cuda/sigmoid.cuh"
+
+namespace inlay::attention::cuda {
+
+using namespace inlay::cuda;
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// From products of q and k to exponents of 2: times `factor`, which is positive; before that, where `before` says so,
+// what apply() does.
+struct ScoreScale {
+  float factor, inner;
+  bool before, capped;
+
+  __device__ explicit ScoreScale(const Inputs& in) {
+    const float scale = static_cast<float>(in.scale), cap = static_cast<float>(in.softcap);
+    capped = cap > 0.0f;
+    before = capped || !(scale > 0.0f);
+    inner = capped ? scale / cap : scale;
+    factor = kLog2E * (capped ? cap : before ? 1.0f : scale);
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void apply(Accumulator (&s)[kTiles]) const {
+#pragma unroll
+    for (Accumulator& tile : s) {
+#pragma unroll
+      for (float& x : tile) {
+        x *= inner;
+        if (capped) asm("tanh.approx.f32 %0, %0;" : "+f"(x));
+      }
+    }
+  }
+};
+
+// The keys that this thread's queries see.
+struct RowLimits {
+  int begin[2], end[2];  // less the first of this thread's columns
+
+  __device__ __forceinline__ RowLimits(const Inputs& in, const TileInfo& info, int own_row) {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = min(own_row + 8 * r, info.query_count - 1);
+      const KeyRange seen =
+          in.visible(info.first_query + row, info.key_count, info.diagonal, info.batch, info.query_row + row);
+      begin[r] = static_cast<int>(seen.begin) - column;
+      end[r] = static_cast<int>(seen.end) - column;
+    }
+  }
+
+  // The first so many of this thread's 32 columns, 2 of each 8, as bits.
+  __device__ __forceinline__ static uint32_t columns_below(int limit) {
+    const int count = limit <= 0 ? 0 : limit / 8 * 2 + min(limit % 8, 2);
+    return count >= 32 ? 0xffffffffu : (1u << count) - 1;
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void hide(Accumulator (&s)[kTiles], int first_key) const {
+#pragma unroll
+    for (int part = 0; part < kTiles; part += 16) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int from = first_key + part * 8;
+        const uint32_t seen = columns_below(end[r] - from) & ~columns_below(begin[r] - from);
+#pragma unroll
+        for (int i = 0; i < 16 && part + i < kTiles; ++i) {
+          if (!(seen & (1u << (2 * i)))) s[part + i][2 * r] = -INFINITY;
+          if (!(seen & (2u << (2 * i)))) s[part + i][2 * r + 1] = -INFINITY;
+        }
+      }
+    }
+  }
+};
+
+// What is known of the softmax of this thread's queries so far: sums of 2^(factor * (s - top)), of this thread's columns.
+struct RowState {
+  // As long as scores exceed `top` by no more than this power of two, it stays: rescaling o takes time.
+  static constexpr float kHeadroom = 8.0f;
+
+  float top[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};
+  float rescaling[2];
+
+  // s becomes 2^(factor * (s - top)). Whether o must be rescaled, the same for the whole warp.
+  template <int kTiles>
+  __device__ __forceinline__ bool exponentiate(Accumulator (&s)[kTiles], float factor) {
+    float best[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float even = fmaxf(top[r], s[0][2 * r]), odd = s[0][2 * r + 1];
+#pragma unroll
+      for (int i = 1; i < kTiles; ++i) {
+        even = fmaxf(even, s[i][2 * r]);
+        odd = fmaxf(odd, s[i][2 * r + 1]);
+      }
+      best[r] = fmaxf(even, odd);
+      best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 1));
+      best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 2));
+    }
+    const bool moved = __any_sync(
+        0xffffffffu, (best[0] - top[0]) * factor > kHeadroom || (best[1] - top[1]) * factor > kHeadroom);
+    if (moved) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        rescaling[r] = best[r] == -INFINITY ? 1.0f : exp2_fast((top[r] - best[r]) * factor);
+        sum[r] *= rescaling[r];
+        top[r] = best[r];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float offset = top[r] == -INFINITY ? 0.0f : -top[r] * factor;
+      float even = sum[r], odd = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        even += s[i][2 * r] = exp2_fast(fmaf(s[i][2 * r], factor, offset));
+        odd += s[i][2 * r + 1] = exp2_fast(fmaf(s[i][2 * r + 1], factor, offset));
+      }
+      sum[r] = even + odd;
+    }
+    return moved;
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void rescale(Accumulator (&o)[kTiles]) const {
+#pragma unroll
+    for (Accumulator& tile : o) {
+      tile[0] *= rescaling[0];
+      tile[1] *= rescaling[0];
+      tile[2] *= rescaling[1];
+      tile[3] *= rescaling[1];
+    }
+  }
+};
+
+template <typename T, int kSteps, int kTiles>
+__device__ __forceinline__ void pack_probabilities(Fragment (&p)[kSteps], const Accumulator (&s)[kTiles]) {
+  static_assert(kTiles == 2 * kSteps);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    p[i / 2][i % 2 * 2] = pack_pair<T>(s[i][0], s[i][1]);
+    p[i / 2][i % 2 * 2 + 1] = pack_pair<T>(s[i][2], s[i][3]);
+  }
+}
+
+// Four threads with a word of each of four tiles: afterwards each has the words of one tile, or the other way round.
+__device__ __forceinline__ void exchange_words(uint32_t (&w)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
+  const uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
+  (odd ? w[0] : w[1]) = x;
+  (odd ? w[2] : w[3]) = y;
+  const uint32_t z = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
+  const uint32_t u = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
+  (high ? w[0] : w[2]) = z;
+  (high ? w[1] : w[3]) = u;
+}
+
+// Divides by the sums, with the sink's share, and stores o, y and lse.
+template <typename T, int kTiles>
+__device__ __forceinline__ void finish_rows(const ForwardParams& params, const TileInfo& info, const RowState& rows,
+                                            float factor, const Accumulator (&o)[kTiles], int own_row) {
+  const Inputs& in = params.inputs;
+  const int part = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = own_row + 8 * r;
+    const bool there = row < info.query_count;
+    float sum = rows.sum[r];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    float top = rows.top[r] * factor, share = 1.0f;
+    if (in.sinks.data) {
+      float sink[1];
+      load_as_float(in.sinks.data, in.sinks.dtype, info.head, sink);
+      const float larger = fmaxf(top, sink[0] * kLog2E);
+      if (larger > -INFINITY) {
+        share = exp2_fast(top - larger);
+        sum = sum * share + exp2_fast(sink[0] * kLog2E - larger);
+        top = larger;
+      }
+    }
+    const float multiplier = sum == 0.0f ? 0.0f : share / sum;
+    const int64_t token = int64_t{info.batch} * in.queries.tokens + info.query_row + row;
+    if (params.lse.data && there && part == 0) {
+      const int64_t at = (int64_t{info.batch} * in.query_heads + info.head) * in.queries.tokens + info.query_row + row;
+      static_cast<float*>(params.lse.data)[at] = sum == 0.0f ? -INFINITY : (top + __log2f(sum)) * kLn2;
+    }
+    const int64_t out = (token * in.query_heads + info.head) * in.value_dim;
+    const auto put = [&](void* data, int tile, uint32_t (&words)[4]) {
+      exchange_words(words);
+      const int column = (tile + part) * 8;
+      if (there && column < in.value_dim) {
+        __stwb(reinterpret_cast<uint4*>(static_cast<T*>(data) + out + column),
+               uint4{words[0], words[1], words[2], words[3]});
+      }
+    };
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile += 4) {
+      uint32_t words[4] = {};
+      if (!in.gate.data || params.o.data) {
+#pragma unroll
+        for (int i = 0; i < 4 && tile + i < kTiles; ++i) {
+          words[i] = pack_pair<T>(o[tile + i][2 * r] * multiplier, o[tile + i][2 * r + 1] * multiplier);
+        }
+        put(in.gate.data ? params.o.data : params.y.data, tile, words);
+      }
+      if (in.gate.data) {
+        uint32_t gates[4] = {};
+        const int column = (tile + part) * 8;
+        if (there && column < in.value_dim) {
+          const T* const gate = static_cast<const T*>(in.gate.data) +
+                                in.gate.offset(info.batch, info.query_row + row, info.head) + column;
+          Packed<T, 8> piece;
+          if (reinterpret_cast<uintptr_t>(gate) % 16 == 0) {
+            piece = load<T, 8>(gate);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) piece.values[i] = gate[i];
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) gates[i] = reinterpret_cast<const uint32_t*>(&piece)[i];
+        }
+        exchange_words(gates);
+#pragma unroll
+        for (int i = 0; i < 4 && tile + i < kTiles; ++i) {
+          float low, high;
+          unpack_pair<T>(gates[i], low, high);
+          words[i] = pack_pair<T>(o[tile + i][2 * r] * multiplier * sigmoid<T>(low),
+                                  o[tile + i][2 * r + 1] * multiplier * sigmoid<T>(high));
+        }
+        put(params.y.data, tile, words);
+      }
+    }
+  }
+}
+
+}  // namespace inlay::attention::cuda
