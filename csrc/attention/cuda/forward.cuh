@@ -35,6 +35,7 @@ struct ForwardConfig {
   using T = T_;
   static constexpr ForwardShape kUse = kForwardShapes[kShape];
   static constexpr int kQueries = kUse.queries(), kKeys = kUse.keys, kGroups = kUse.groups, kStages = kUse.stages;
+  static constexpr int kQueryStages = kUse.query_stages;
   static constexpr int kThreads = kUse.threads();
   static constexpr int kKeyTiles = kKeys / 8, kValueTiles = kUse.value_dim / 8;  // of accumulators
   static constexpr int kDepthSteps = kUse.head_dim / 16, kKeySteps = kKeys / 16;
@@ -44,24 +45,24 @@ struct ForwardConfig {
   using KeyTile = inlay::cuda::Tile<T, kKeys, kUse.head_dim>;
   using ValueTile = inlay::cuda::Tile<T, kKeys, kUse.value_dim>;
   static constexpr int kDepthPanels = (kUse.head_dim + 63) / 64, kValuePanels = (kUse.value_dim + 63) / 64;
-  static constexpr int kKeysAt = QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
+  static constexpr int kKeysAt = kQueryStages * QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
   static constexpr int kControlAt = kValuesAt + kStages * ValueTile::kBytes;
   static_assert(KeyTile::kPanelBytes % 1024 == 0);
 };
 
 constexpr int kTileSlots = 2;
 
-template <int kStages>
+template <class C>
 struct ForwardControl {
   using Barrier = inlay::cuda::BulkBarrier;
-  Barrier q_full, q_free;
-  Barrier k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+  Barrier q_full[C::kQueryStages], q_free[C::kQueryStages];
+  Barrier k_full[C::kStages], k_free[C::kStages], v_full[C::kStages], v_free[C::kStages];
   Barrier tile_full[kTileSlots], tile_free[kTileSlots];
   TileInfo tiles[kTileSlots];
 };
 
 template <class C>
-constexpr int kForwardSharedBytes = C::kControlAt + static_cast<int>(sizeof(ForwardControl<C::kStages>));
+constexpr int kForwardSharedBytes = C::kControlAt + static_cast<int>(sizeof(ForwardControl<C>));
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -83,7 +84,7 @@ struct RingPlace {
 
 // Takes tiles and publishes them; a whole warp.
 template <class C>
-__device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C::kStages>& control) {
+__device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C>& control) {
   RingPlace<kTileSlots> place;
   const bool leader = threadIdx.x % 32 == 0;
   for (uint32_t number = blockIdx.x;;) {
@@ -94,7 +95,7 @@ __device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C::
       number = next_tile(arguments.order, number);
       continue;
     }
-    wait_for_bytes(control.tile_free[place.index], place.parity ^ 1);
+    wait_patiently(control.tile_free[place.index], place.parity ^ 1);
     if (leader) {
       control.tiles[place.index] = info;
       arrive(control.tile_full[place.index]);
@@ -108,9 +109,9 @@ __device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C::
 
 // Fetches q, k and v of all tiles; one thread.
 template <class C>
-__device__ void fetch_tiles(const ForwardArguments& arguments, ForwardControl<C::kStages>& control, uint32_t shared) {
+__device__ void fetch_tiles(const ForwardArguments& arguments, ForwardControl<C>& control, uint32_t shared) {
   RingPlace<kTileSlots> tile;
-  RingPlace<1> q;
+  RingPlace<C::kQueryStages> q;
   RingPlace<C::kStages> k, v;
   const auto fetch_panels = [](uint32_t to, int panels, int panel_bytes, const CUtensorMap& map, int token, int head,
                                int batch, BulkBarrier& full) {
@@ -132,9 +133,9 @@ __device__ void fetch_tiles(const ForwardArguments& arguments, ForwardControl<C:
                    arguments.v, info.key_row + block * C::kKeys, info.key_head, info.batch, control.v_full[v.index]);
       v.step();
     };
-    wait_for_bytes(control.q_free, q.parity ^ 1);
-    fetch_panels(shared, C::kDepthPanels, C::QueryTile::kPanelBytes, arguments.q, info.query_row, info.head, info.batch,
-                 control.q_full);
+    wait_for_bytes(control.q_free[q.index], q.parity ^ 1);
+    fetch_panels(shared + q.index * C::QueryTile::kBytes, C::kDepthPanels, C::QueryTile::kPanelBytes, arguments.q,
+                 info.query_row, info.head, info.batch, control.q_full[q.index]);
     q.step();
 #pragma unroll 1
     for (int block = info.end_block - 1; block >= info.first_block; --block) {
@@ -163,7 +164,7 @@ __device__ __forceinline__ void clear_values(uint32_t values, int first_row, int
 
 // The work of one warpgroup.
 template <class C>
-__device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments, ForwardControl<C::kStages>& control,
+__device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments, ForwardControl<C>& control,
                                               uint32_t shared, int group) {
   using T = typename C::T;
   const ForwardParams& params = arguments.params;
@@ -175,20 +176,32 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
   const ScoreScale scale(params.inputs);
 
   RingPlace<kTileSlots> tile;
-  RingPlace<1> q;
+  RingPlace<C::kQueryStages> q;
   RingPlace<C::kStages> k, v;
   Accumulator s[C::kKeyTiles], o[C::kValueTiles];
   Fragment p[C::kKeySteps];
+  RowLimits limits;
+  int first_full_block = 0, end_full_block = 0;
 
+  // The same for all threads, and known to be.
+  const auto block_count = [](const TileInfo& info) {
+    return __shfl_sync(0xffffffffu, info.end_block - info.first_block, 0);
+  };
+  const auto find_blocks = [&](const TileInfo& info) {
+    first_full_block = info.first_full_block;
+    end_full_block = info.end_full_block;
+    return info.end_block - 1;
+  };
   const auto say_free = [&](BulkBarrier& barrier) {
     if (lane == 0) arrive(barrier);
   };
   const auto start_scores = [&] {
+    const uint64_t queries = advance(query_descriptor, q.index * C::QueryTile::kBytes);
     const uint64_t keys = advance(key_descriptor, k.index * C::KeyTile::kBytes);
 #pragma unroll
     for (int step = 0; step < C::kDepthSteps; ++step) {
       start_product_of<T, C::kKeyTiles, false, false>(
-          s, advance(query_descriptor, step / 4 * C::QueryTile::kPanelBytes + step % 4 * 32),
+          s, advance(queries, step / 4 * C::QueryTile::kPanelBytes + step % 4 * 32),
           advance(keys, step / 4 * C::KeyTile::kPanelBytes + step % 4 * 32), step != 0);
     }
     commit_products();
@@ -202,89 +215,139 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
     commit_products();
   };
   const auto wait_for_turn = [&] {
-    if constexpr (C::kUse.in_turns) meet_at(8 + group, 256);
+    if constexpr (C::kUse.turns != 0) meet_at(8 + group, 256);
   };
-  const auto end_turn = [&] {
-    if constexpr (C::kUse.in_turns) arrive_at(8 + (group + 1) % C::kGroups, 256);
+  const auto end_turn = [&](int at) {
+    if constexpr (C::kUse.turns != 0) {
+      if (at == C::kUse.turns) arrive_at(8 + (group + 1) % C::kGroups, 256);
+    }
   };
-  if constexpr (C::kUse.in_turns) {
-    if (group == C::kGroups - 1) end_turn();
-  }
+  if (group == C::kGroups - 1) end_turn(C::kUse.turns);
 
-  for (;; tile.step()) {
-    wait_for_bytes(control.tile_full[tile.index], tile.parity);
-    const TileInfo& info = control.tiles[tile.index];
-    if (info.query_count == 0) break;
-    RowState rows;
-    const RowLimits limits(params.inputs, info, own_row);
-    const int blocks = __shfl_sync(0xffffffffu, info.end_block - info.first_block, 0);
-    const int first_full_block = info.first_full_block, end_full_block = info.end_full_block;
+  const auto hide_and_scale = [&](int block) {
+    if (scale.before) scale.apply(s);
+    if (block < first_full_block || block >= end_full_block) limits.hide(s, block * C::kKeys);
+  };
+  const auto scores_are_read = [&](bool of_last_block) {
+    say_free(control.k_free[k.index]);
+    k.step();
+    if (of_last_block) {
+      say_free(control.q_free[q.index]);
+      q.step();
+    }
+  };
+  const auto values_are_read = [&] {
+    say_free(control.v_free[v.index]);
+    v.step();
+  };
+  const auto clear_result = [&] {
 #pragma unroll
     for (Accumulator& c : o) c[0] = c[1] = c[2] = c[3] = 0.0f;
+  };
+  const auto tile_is_done = [&] {
+    __syncwarp();
+    say_free(control.tile_free[tile.index]);
+    tile.step();
+  };
 
+  for (;;) {
+    wait_for_bytes(control.tile_full[tile.index], tile.parity);
+    if (control.tiles[tile.index].query_count == 0) break;
+    RowState rows;
+    clear_result();
+    int blocks = block_count(control.tiles[tile.index]);
     if (blocks > 0) {
-      wait_for_bytes(control.q_full, q.parity);
-      q.step();
+      int block = find_blocks(control.tiles[tile.index]);
+      wait_for_bytes(control.q_full[q.index], q.parity);
       wait_for_bytes(control.k_full[k.index], k.parity);
       wait_for_turn();
       begin_products();
       start_scores();
-      end_turn();
+      end_turn(1);
+      limits.find(params.inputs, control.tiles[tile.index], own_row);
       wait_for_products<0>();
+      end_turn(2);
       keep(s);
-      say_free(control.k_free[k.index]);
-      k.step();
-      int block = info.end_block - 1;
-      if (scale.before) scale.apply(s);
-      if (block < first_full_block || block >= end_full_block) limits.hide(s, block * C::kKeys);
-      rows.exponentiate(s, scale.factor);
+      scores_are_read(blocks == 1);
+      hide_and_scale(block);
+      rows.template exponentiate<C::kUse.polynomials>(s, scale.factor);
       pack_probabilities<T>(p, s);
-      if (info.clear_from != 0) {
-        wait_for_bytes(control.v_full[v.index], v.parity);
-        clear_values<C>(shared + C::kValuesAt + v.index * C::ValueTile::kBytes, info.clear_from, group);
-      }
 
-      if (blocks > 1) wait_for_bytes(control.k_full[k.index], k.parity);
+      for (;;) {  // once for each tile that follows without a break
+        if (const int from = control.tiles[tile.index].clear_from; from != 0) {
+          wait_for_bytes(control.v_full[v.index], v.parity);
+          clear_values<C>(shared + C::kValuesAt + v.index * C::ValueTile::kBytes, from, group);
+        }
+        if (blocks > 1) wait_for_bytes(control.k_full[k.index], k.parity);
 
 #pragma unroll 1
-      for (int left = blocks - 1; left > 0; --left) {
-        --block;
+        for (int left = blocks - 1; left > 0; --left) {
+          --block;
+          wait_for_turn();
+          begin_products();
+          start_scores();
+          wait_for_bytes(control.v_full[v.index], v.parity);
+          begin_products();
+          start_values();
+          end_turn(1);
+          wait_for_products<1>();
+          end_turn(2);
+          keep(s);
+          scores_are_read(left == 1);
+          hide_and_scale(block);
+          const bool moved = rows.template exponentiate<C::kUse.polynomials>(s, scale.factor);
+          rows.stay_before();
+          if (left > 1) wait_for_bytes(control.k_full[k.index], k.parity);  // of the next round
+          wait_for_products<0>();
+          keep(o);
+          values_are_read();
+          if (moved) rows.rescale(o);
+          pack_probabilities<T>(p, s);
+        }
+
+        // The last product with v, and the first with k of the next tile, which takes no other turn than this.
+        auto next = tile;
+        next.step();
+        wait_for_bytes(control.tile_full[next.index], next.parity);
+        blocks = control.tiles[next.index].query_count == 0 ? 0 : block_count(control.tiles[next.index]);
+        if (blocks == 0) break;
+        block = find_blocks(control.tiles[next.index]);
+        wait_for_bytes(control.q_full[q.index], q.parity);
+        wait_for_bytes(control.k_full[k.index], k.parity);
         wait_for_turn();
         begin_products();
         start_scores();
         wait_for_bytes(control.v_full[v.index], v.parity);
+        begin_products();
         start_values();
-        end_turn();
+        end_turn(1);
+        limits.find(params.inputs, control.tiles[next.index], own_row);
         wait_for_products<1>();
+        end_turn(2);
         keep(s);
-        say_free(control.k_free[k.index]);
-        k.step();
-        if (scale.before) scale.apply(s);
-        if (block < first_full_block || block >= end_full_block) limits.hide(s, block * C::kKeys);
-        const bool moved = rows.exponentiate(s, scale.factor);
-        // Of the next round, but here: the compiler would move the wait for v's product to before the exponentials, if
-        // it were not for the loop between them.
-        keep(s);
-        if (left > 1) wait_for_bytes(control.k_full[k.index], k.parity);
+        scores_are_read(blocks == 1);
+        hide_and_scale(block);
+        const RowState finished = rows;
+        rows.restart();
+        rows.template exponentiate<C::kUse.polynomials>(s, scale.factor);
+        rows.stay_before();
         wait_for_products<0>();
         keep(o);
-        say_free(control.v_free[v.index]);
-        v.step();
-        if (moved) rows.rescale(o);
+        values_are_read();
         pack_probabilities<T>(p, s);
+        finish_rows<T>(params, control.tiles[tile.index], finished, scale.factor, o, own_row);
+        tile_is_done();
+        clear_result();
       }
-      say_free(control.q_free);
       wait_for_bytes(control.v_full[v.index], v.parity);
       begin_products();
       start_values();
       wait_for_products<0>();
       keep(o);
-      say_free(control.v_free[v.index]);
-      v.step();
+      values_are_read();
     }
-    finish_rows<T>(params, info, rows, scale.factor, o, own_row);
-    __syncwarp();
-    say_free(control.tile_free[tile.index]);
+    finish_rows<T>(params, control.tiles[tile.index], rows, scale.factor, o, own_row);
+    tile_is_done();
   }
 }
 
@@ -295,12 +358,14 @@ __global__ __launch_bounds__(C::kThreads, 1) void forward_kernel(const __grid_co
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   char* const memory = dynamic_shared();
   const uint32_t shared = shared_address(memory);
-  auto& control = *reinterpret_cast<ForwardControl<C::kStages>*>(memory + C::kControlAt);
+  auto& control = *reinterpret_cast<ForwardControl<C>*>(memory + C::kControlAt);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     constexpr int kReaders = C::kGroups * 4;  // warps
-    init_barrier(control.q_full, 1);
-    init_barrier(control.q_free, kReaders);
+    for (int i = 0; i < C::kQueryStages; ++i) {
+      init_barrier(control.q_full[i], 1);
+      init_barrier(control.q_free[i], kReaders);
+    }
     for (int i = 0; i < C::kStages; ++i) {
       init_barrier(control.k_full[i], 1);
       init_barrier(control.k_free[i], kReaders);

@@ -1,6 +1,9 @@
 // Starting the forward: tensor maps, the order of the tiles, the grid.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "attention/cuda/forward.cuh"
 #include "attention/cuda/launch.h"
 

@@ -44,7 +44,7 @@ struct ScoreScale {
 struct RowLimits {
   int begin[2], end[2];  // less the first of this thread's columns
 
-  __device__ __forceinline__ RowLimits(const Inputs& in, const TileInfo& info, int own_row) {
+  __device__ __forceinline__ void find(const Inputs& in, const TileInfo& info, int own_row) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -80,6 +80,23 @@ struct RowLimits {
   }
 };
 
+// 2^x for x up to 127 from additions and multiplications, to 2^-13; less than 2^-126 becomes zero.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer
+  float bounded;
+  asm("max.NaN.f32 %0, %1, 0fC2FE0000;" : "=f"(bounded) : "f"(x));  // -127
+  const float shifted = bounded + kRounder;
+  const float fraction = bounded - (shifted - kRounder);
+  const float power = fmaf(fmaf(fmaf(0.05500869f, fraction, 0.24221063f), fraction, 0.69328292f), fraction, 1.0f);
+  return power * __uint_as_float((__float_as_uint(shifted) << 23) + 0x3f800000u);
+}
+
+// The index-th power of 16; spread evenly.
+template <int kPolynomials>
+__device__ __forceinline__ float power(float x, int index) {
+  return (index + 1) * kPolynomials / 16 != index * kPolynomials / 16 ? exp2_polynomial(x) : exp2_fast(x);
+}
+
 // What is known of the softmax of this thread's queries so far: sums of 2^(factor * (s - top)), of this thread's columns.
 struct RowState {
   // As long as scores exceed `top` by no more than this power of two, it stays: rescaling o takes time.
@@ -89,8 +106,14 @@ struct RowState {
   float sum[2] = {0.0f, 0.0f};
   float rescaling[2];
 
-  // s becomes 2^(factor * (s - top)). Whether o must be rescaled, the same for the whole warp.
-  template <int kTiles>
+  __device__ __forceinline__ void restart() {
+    top[0] = top[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  // s becomes 2^(factor * (s - top)). Whether o must be rescaled, the same for the whole warp. Of 16 powers kPolynomials
+  // are computed without the special function unit, which is the slowest part.
+  template <int kPolynomials, int kTiles>
   __device__ __forceinline__ bool exponentiate(Accumulator (&s)[kTiles], float factor) {
     float best[2];
 #pragma unroll
@@ -121,12 +144,18 @@ struct RowState {
       float even = sum[r], odd = 0.0f;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        even += s[i][2 * r] = exp2_fast(fmaf(s[i][2 * r], factor, offset));
-        odd += s[i][2 * r + 1] = exp2_fast(fmaf(s[i][2 * r + 1], factor, offset));
+        even += s[i][2 * r] = power<kPolynomials>(fmaf(s[i][2 * r], factor, offset), i % 4 * 4 + 2 * r);
+        odd += s[i][2 * r + 1] = power<kPolynomials>(fmaf(s[i][2 * r + 1], factor, offset), i % 4 * 4 + 2 * r + 1);
       }
       sum[r] = even + odd;
     }
     return moved;
+  }
+
+  // Keeps the compiler from moving exponentials to behind a wait that follows: sums are never negative, but it does not
+  // know that.
+  __device__ __forceinline__ void stay_before() const {
+    if (sum[0] + sum[1] < 0.0f) __trap();
   }
 
   template <int kTiles>
@@ -164,16 +193,96 @@ __device__ __forceinline__ void exchange_words(uint32_t (&w)[4]) {
   (high ? w[1] : w[3]) = u;
 }
 
-// Divides by the sums, with the sink's share, and stores o, y and lse.
+// 16 bytes to global memory where `wanted`, without a branch.
+__device__ __forceinline__ void store_piece(void* to, const uint32_t (&words)[4], bool wanted) {
+  asm volatile("{ .reg .pred wanted; setp.ne.b32 wanted, %5, 0; @wanted st.global.v4.b32 [%0], {%1,%2,%3,%4}; }" ::"l"(to),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(static_cast<int>(wanted))
+               : "memory");
+}
+
+// Where this thread's rows and pieces of o, y and gate lie.
+struct ResultPlace {
+  int row[2];
+  bool there[2];
+  int64_t offset[2];  // of column 0 of y
+
+  __device__ __forceinline__ ResultPlace(const Inputs& in, const TileInfo& info, int own_row) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row[r] = info.query_row + own_row + 8 * r;
+      there[r] = own_row + 8 * r < info.query_count;
+      const int64_t token = int64_t{info.batch} * in.queries.tokens + row[r];
+      offset[r] = (token * in.query_heads + info.head) * in.value_dim;
+    }
+  }
+};
+
 template <typename T, int kTiles>
-__device__ __forceinline__ void finish_rows(const ForwardParams& params, const TileInfo& info, const RowState& rows,
-                                            float factor, const Accumulator (&o)[kTiles], int own_row) {
-  const Inputs& in = params.inputs;
+__device__ __forceinline__ void store_rows(void* data, const Inputs& in, const ResultPlace& place,
+                                           const Accumulator (&o)[kTiles], const float (&multiplier)[2]) {
+  const int part = threadIdx.x % 4;
+  const int columns = static_cast<int>(in.value_dim);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    T* const to = static_cast<T*>(data) + place.offset[r] + part * 8;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile += 4) {
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4 && tile + i < kTiles; ++i) {
+        words[i] = pack_pair<T>(o[tile + i][2 * r] * multiplier[r], o[tile + i][2 * r + 1] * multiplier[r]);
+      }
+      exchange_words(words);
+      store_piece(to + tile * 8, words, place.there[r] && (tile + part) * 8 < columns);
+    }
+  }
+}
+
+// o times multiplier becomes y before its rounding.
+template <typename T, int kTiles>
+__device__ __forceinline__ void apply_gate(const Inputs& in, const TileInfo& info, const ResultPlace& place,
+                                           Accumulator (&o)[kTiles]) {
   const int part = threadIdx.x % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = own_row + 8 * r;
-    const bool there = row < info.query_count;
+    const T* const row = static_cast<const T*>(in.gate.data) + in.gate.offset(info.batch, place.row[r], info.head);
+    const bool aligned = (reinterpret_cast<uintptr_t>(row) & 15) == 0;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile += 4) {
+      uint32_t words[4] = {};
+      const int column = (tile + part) * 8;
+      if (place.there[r] && column < in.value_dim) {
+        Packed<T, 8> piece;
+        if (aligned) {
+          piece = load<T, 8>(row + column);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) piece.values[i] = row[column + i];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(&piece)[i];
+      }
+      exchange_words(words);
+#pragma unroll
+      for (int i = 0; i < 4 && tile + i < kTiles; ++i) {
+        float low, high;
+        unpack_pair<T>(words[i], low, high);
+        o[tile + i][2 * r] *= sigmoid<T>(low);
+        o[tile + i][2 * r + 1] *= sigmoid<T>(high);
+      }
+    }
+  }
+}
+
+// Divides by the sums, with the sink's share, and stores o, y and lse.
+template <typename T, int kTiles>
+__device__ __forceinline__ void finish_rows(const ForwardParams& params, const TileInfo& info, const RowState& rows,
+                                            float factor, Accumulator (&o)[kTiles], int own_row) {
+  const Inputs& in = params.inputs;
+  const ResultPlace place(in, info, own_row);
+  float multiplier[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
     float sum = rows.sum[r];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
@@ -188,59 +297,17 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& params, const T
         top = larger;
       }
     }
-    const float multiplier = sum == 0.0f ? 0.0f : share / sum;
-    const int64_t token = int64_t{info.batch} * in.queries.tokens + info.query_row + row;
-    if (params.lse.data && there && part == 0) {
-      const int64_t at = (int64_t{info.batch} * in.query_heads + info.head) * in.queries.tokens + info.query_row + row;
+    multiplier[r] = sum == 0.0f ? 0.0f : __fdividef(share, sum);
+    if (params.lse.data && place.there[r] && threadIdx.x % 4 == 0) {
+      const int64_t at = (int64_t{info.batch} * in.query_heads + info.head) * in.queries.tokens + place.row[r];
       static_cast<float*>(params.lse.data)[at] = sum == 0.0f ? -INFINITY : (top + __log2f(sum)) * kLn2;
     }
-    const int64_t out = (token * in.query_heads + info.head) * in.value_dim;
-    const auto put = [&](void* data, int tile, uint32_t (&words)[4]) {
-      exchange_words(words);
-      const int column = (tile + part) * 8;
-      if (there && column < in.value_dim) {
-        __stwb(reinterpret_cast<uint4*>(static_cast<T*>(data) + out + column),
-               uint4{words[0], words[1], words[2], words[3]});
-      }
-    };
-#pragma unroll
-    for (int tile = 0; tile < kTiles; tile += 4) {
-      uint32_t words[4] = {};
-      if (!in.gate.data || params.o.data) {
-#pragma unroll
-        for (int i = 0; i < 4 && tile + i < kTiles; ++i) {
-          words[i] = pack_pair<T>(o[tile + i][2 * r] * multiplier, o[tile + i][2 * r + 1] * multiplier);
-        }
-        put(in.gate.data ? params.o.data : params.y.data, tile, words);
-      }
-      if (in.gate.data) {
-        uint32_t gates[4] = {};
-        const int column = (tile + part) * 8;
-        if (there && column < in.value_dim) {
-          const T* const gate = static_cast<const T*>(in.gate.data) +
-                                in.gate.offset(info.batch, info.query_row + row, info.head) + column;
-          Packed<T, 8> piece;
-          if (reinterpret_cast<uintptr_t>(gate) % 16 == 0) {
-            piece = load<T, 8>(gate);
-          } else {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) piece.values[i] = gate[i];
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) gates[i] = reinterpret_cast<const uint32_t*>(&piece)[i];
-        }
-        exchange_words(gates);
-#pragma unroll
-        for (int i = 0; i < 4 && tile + i < kTiles; ++i) {
-          float low, high;
-          unpack_pair<T>(gates[i], low, high);
-          words[i] = pack_pair<T>(o[tile + i][2 * r] * multiplier * sigmoid<T>(low),
-                                  o[tile + i][2 * r + 1] * multiplier * sigmoid<T>(high));
-        }
-        put(params.y.data, tile, words);
-      }
-    }
   }
+  if (in.gate.data) {
+    if (params.o.data) store_rows<T>(params.o.data, in, place, o, multiplier);
+    apply_gate<T>(in, info, place, o);
+  }
+  store_rows<T>(params.y.data, in, place, o, multiplier);
 }
 
 }  // namespace inlay::attention::cuda

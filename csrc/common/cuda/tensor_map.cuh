@@ -83,6 +83,20 @@ __device__ __forceinline__ void init_barrier(BulkBarrier& barrier, int arrivals)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// For a wait that is long and not urgent: as wait_for_bytes(), but it leaves the issue slots to others.
+__device__ __forceinline__ void wait_patiently(BulkBarrier& barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (true) {
+    asm volatile(
+        "{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done; }"
+        : "=r"(done)
+        : "r"(shared_address(&barrier)), "r"(parity)
+        : "memory");
+    if (done) return;
+    __nanosleep(64);
+  }
+}
+
 __device__ __forceinline__ void arrive(BulkBarrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
