@@ -210,5 +210,9 @@ INLAY_INLINE GenericVec<double> log1p(GenericVec<double> v) {
   return F64x2{__builtin_log1p(v.raw[0]), __builtin_log1p(v.raw[1])};
 }
 
+INLAY_INLINE GenericVec<double> tanh(GenericVec<double> v) {
+  return F64x2{__builtin_tanh(v.raw[0]), __builtin_tanh(v.raw[1])};
+}
+
 }  // namespace
 }  // namespace inlay::cpu

@@ -85,7 +85,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"{_OP}: v must have shape [B, Sk, Hkv, DV] with k's B, Sk and Hkv {list(k.shape)}, got {list(v.shape)}"
         )
     heads, key_heads = q.shape[2], k.shape[2]
-    if (heads % key_heads if key_heads else heads) != 0:
+    if heads != key_heads and (heads == 0 or key_heads == 0 or heads % key_heads):
         raise ValueError(f"{_OP}: q must have a multiple of k's heads {key_heads}, got {heads}")
 
 
