@@ -11,10 +11,11 @@ struct ForwardShape {
   int value_dim;  // likewise
   int groups;     // of 64 queries
   int keys;       // a tile of keys
-  int stages;        // tiles of k, and of v, in shared memory
+  int key_stages;    // tiles of k in shared memory
+  int value_stages;  // tiles of v
   int query_stages;  // tiles of q
   int turns;         // 0: none; 1: a group starts its products after the one before it has; 2: after it has its scores
-  int polynomials;   // of 16 powers of two, so many are computed without the special function unit
+  bool bold;         // scores are compared with the first tile's largest alone, until they get out of hand
 
   constexpr int queries() const { return groups * 64; }
   constexpr int threads() const { return (groups + 1) * 128; }
@@ -25,10 +26,11 @@ struct ForwardShape {
 
 // In the order of their cost: the first whose dimensions are large enough serves.
 inline constexpr ForwardShape kForwardShapes[] = {
-    {32, 32, 3, 128, 4, 2, 0, 0}, {48, 40, 3, 128, 3, 2, 0, 0}, {64, 64, 3, 128, 3, 2, 0, 0},
-    {80, 80, 2, 128, 2, 2, 0, 0}, {96, 96, 2, 128, 2, 2, 0, 0}, {128, 128, 2, 128, 2, 2, 0, 0},
-    {160, 160, 2, 96, 2, 1, 0, 0}, {192, 128, 2, 128, 2, 1, 0, 0}, {192, 192, 2, 96, 2, 1, 0, 0},
-    {256, 256, 2, 80, 2, 1, 0, 0},
+    {32, 32, 3, 128, 3, 3, 2, 1, true},     {48, 40, 3, 128, 3, 3, 2, 1, true},
+    {64, 64, 3, 128, 3, 3, 2, 1, true},     {80, 80, 2, 128, 3, 2, 2, 1, true},
+    {96, 96, 2, 128, 3, 2, 2, 1, true},     {128, 128, 2, 128, 3, 2, 2, 1, true},
+    {160, 160, 2, 96, 2, 2, 1, 1, false},   {192, 128, 2, 128, 2, 2, 1, 1, false},
+    {192, 192, 2, 96, 2, 2, 1, 1, false},   {256, 256, 2, 80, 2, 2, 1, 1, false},
 };
 
 // The number of the shape with these dimensions.

@@ -2,7 +2,7 @@
 //
 // A tile is `queries` queries of one head of one sequence. Blocks stay on the chip and take tile after tile, the longest
 // ones first, until none is left. Of a block's warpgroups the first is split: one of its warps takes tiles and says what
-// they are (TileInfo), another fetches the tile's q and, key tile by key tile from the last to the first, k and v. Each
+// they are (TileInfo), one fetches the tile's q and, key tile by key tile from the last to the first, k, and one v. Each
 // of the other warpgroups has 64 of the queries:
 //
 //   s = q k^T of one tile of keys, m = the largest scores so far, p = 2^(s - m), o = o * 2^(old m - m) + p v
@@ -34,7 +34,8 @@ template <typename T_, int kShape>
 struct ForwardConfig {
   using T = T_;
   static constexpr ForwardShape kUse = kForwardShapes[kShape];
-  static constexpr int kQueries = kUse.queries(), kKeys = kUse.keys, kGroups = kUse.groups, kStages = kUse.stages;
+  static constexpr int kQueries = kUse.queries(), kKeys = kUse.keys, kGroups = kUse.groups;
+  static constexpr int kKeyStages = kUse.key_stages, kValueStages = kUse.value_stages;
   static constexpr int kQueryStages = kUse.query_stages;
   static constexpr int kThreads = kUse.threads();
   static constexpr int kKeyTiles = kKeys / 8, kValueTiles = kUse.value_dim / 8;  // of accumulators
@@ -45,8 +46,8 @@ struct ForwardConfig {
   using KeyTile = inlay::cuda::Tile<T, kKeys, kUse.head_dim>;
   using ValueTile = inlay::cuda::Tile<T, kKeys, kUse.value_dim>;
   static constexpr int kDepthPanels = (kUse.head_dim + 63) / 64, kValuePanels = (kUse.value_dim + 63) / 64;
-  static constexpr int kKeysAt = kQueryStages * QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
-  static constexpr int kControlAt = kValuesAt + kStages * ValueTile::kBytes;
+  static constexpr int kKeysAt = kQueryStages * QueryTile::kBytes, kValuesAt = kKeysAt + kKeyStages * KeyTile::kBytes;
+  static constexpr int kControlAt = kValuesAt + kValueStages * ValueTile::kBytes;
   static_assert(KeyTile::kPanelBytes % 1024 == 0);
 };
 
@@ -56,7 +57,7 @@ template <class C>
 struct ForwardControl {
   using Barrier = inlay::cuda::BulkBarrier;
   Barrier q_full[C::kQueryStages], q_free[C::kQueryStages];
-  Barrier k_full[C::kStages], k_free[C::kStages], v_full[C::kStages], v_free[C::kStages];
+  Barrier k_full[C::kKeyStages], k_free[C::kKeyStages], v_full[C::kValueStages], v_free[C::kValueStages];
   Barrier tile_full[kTileSlots], tile_free[kTileSlots];
   TileInfo tiles[kTileSlots];
 };
@@ -107,32 +108,33 @@ __device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C>&
   }
 }
 
-// Fetches q, k and v of all tiles; one thread.
-template <class C>
-__device__ void fetch_tiles(const ForwardArguments& arguments, ForwardControl<C>& control, uint32_t shared) {
-  RingPlace<kTileSlots> tile;
-  RingPlace<C::kQueryStages> q;
-  RingPlace<C::kStages> k, v;
-  const auto fetch_panels = [](uint32_t to, int panels, int panel_bytes, const CUtensorMap& map, int token, int head,
-                               int batch, BulkBarrier& full) {
-    expect_bytes(full, panels * panel_bytes, 0);
+// Fetches a box of each panel of a tile.
+__device__ __forceinline__ void fetch_panels(uint32_t to, int panels, int panel_bytes, const CUtensorMap& map, int token,
+                                             int head, int batch, BulkBarrier& full) {
+  expect_bytes(full, panels * panel_bytes, 0);
 #pragma unroll 1
-    for (int panel = 0; panel < panels; ++panel) {
-      fetch_box(to + panel * panel_bytes, map, panel * 64, token, head, batch, full);
-    }
-  };
-  for (;; tile.step()) {
+  for (int panel = 0; panel < panels; ++panel) {
+    fetch_box(to + panel * panel_bytes, map, panel * 64, token, head, batch, full);
+  }
+}
+
+// Calls use(a tile) for all tiles that have keys; one thread.
+template <class C, class Use>
+__device__ __forceinline__ void for_tiles(ForwardControl<C>& control, Use use) {
+  for (RingPlace<kTileSlots> tile;; tile.step()) {
     wait_for_bytes(control.tile_full[tile.index], tile.parity);
     const TileInfo info = control.tiles[tile.index];
     arrive(control.tile_free[tile.index]);
     if (info.query_count == 0) return;
-    if (info.first_block == info.end_block) continue;
-    const auto fetch_values = [&](int block) {
-      wait_for_bytes(control.v_free[v.index], v.parity ^ 1);
-      fetch_panels(shared + C::kValuesAt + v.index * C::ValueTile::kBytes, C::kValuePanels, C::ValueTile::kPanelBytes,
-                   arguments.v, info.key_row + block * C::kKeys, info.key_head, info.batch, control.v_full[v.index]);
-      v.step();
-    };
+    if (info.first_block != info.end_block) use(info);
+  }
+}
+
+template <class C>
+__device__ void fetch_queries_and_keys(const ForwardArguments& arguments, ForwardControl<C>& control, uint32_t shared) {
+  RingPlace<C::kQueryStages> q;
+  RingPlace<C::kKeyStages> k;
+  for_tiles<C>(control, [&](const TileInfo& info) {
     wait_for_bytes(control.q_free[q.index], q.parity ^ 1);
     fetch_panels(shared + q.index * C::QueryTile::kBytes, C::kDepthPanels, C::QueryTile::kPanelBytes, arguments.q,
                  info.query_row, info.head, info.batch, control.q_full[q.index]);
@@ -143,10 +145,22 @@ __device__ void fetch_tiles(const ForwardArguments& arguments, ForwardControl<C>
       fetch_panels(shared + C::kKeysAt + k.index * C::KeyTile::kBytes, C::kDepthPanels, C::KeyTile::kPanelBytes,
                    arguments.k, info.key_row + block * C::kKeys, info.key_head, info.batch, control.k_full[k.index]);
       k.step();
-      if (block != info.end_block - 1) fetch_values(block + 1);
     }
-    fetch_values(info.first_block);
-  }
+  });
+}
+
+template <class C>
+__device__ void fetch_values(const ForwardArguments& arguments, ForwardControl<C>& control, uint32_t shared) {
+  RingPlace<C::kValueStages> v;
+  for_tiles<C>(control, [&](const TileInfo& info) {
+#pragma unroll 1
+    for (int block = info.end_block - 1; block >= info.first_block; --block) {
+      wait_for_bytes(control.v_free[v.index], v.parity ^ 1);
+      fetch_panels(shared + C::kValuesAt + v.index * C::ValueTile::kBytes, C::kValuePanels, C::ValueTile::kPanelBytes,
+                   arguments.v, info.key_row + block * C::kKeys, info.key_head, info.batch, control.v_full[v.index]);
+      v.step();
+    }
+  });
 }
 
 // Rows of a tile of v that hold no keys of the sequence count with probability zero, but may be infinite or NaN.
@@ -177,7 +191,8 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
 
   RingPlace<kTileSlots> tile;
   RingPlace<C::kQueryStages> q;
-  RingPlace<C::kStages> k, v;
+  RingPlace<C::kKeyStages> k;
+  RingPlace<C::kValueStages> v;
   Accumulator s[C::kKeyTiles], o[C::kValueTiles];
   Fragment p[C::kKeySteps];
   RowLimits limits;
@@ -253,7 +268,8 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
   for (;;) {
     wait_for_bytes(control.tile_full[tile.index], tile.parity);
     if (control.tiles[tile.index].query_count == 0) break;
-    RowState rows;
+    RowState<T> rows;
+    float added[2];
     clear_result();
     int blocks = block_count(control.tiles[tile.index]);
     if (blocks > 0) {
@@ -270,7 +286,9 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
       keep(s);
       scores_are_read(blocks == 1);
       hide_and_scale(block);
-      rows.template exponentiate<C::kUse.polynomials>(s, scale.factor);
+      rows.settle(s, scale.factor);
+      rows.exponentiate(s, scale.factor, added);
+      rows.add(added);
       pack_probabilities<T>(p, s);
 
       for (;;) {  // once for each tile that follows without a break
@@ -293,10 +311,30 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
           wait_for_products<1>();
           end_turn(2);
           keep(s);
-          scores_are_read(left == 1);
-          hide_and_scale(block);
-          const bool moved = rows.template exponentiate<C::kUse.polynomials>(s, scale.factor);
-          rows.stay_before();
+          bool moved = false;
+          if constexpr (C::kUse.bold) {
+            bool again = false;
+            do {
+              if (again) {
+                recompute_scores<T, C::kKeyTiles>(
+                    s, TileView<T, C::kQueries, C::kUse.head_dim>{shared + q.index * C::QueryTile::kBytes},
+                    TileView<T, C::kKeys, C::kUse.head_dim>{shared + C::kKeysAt + k.index * C::KeyTile::kBytes},
+                    own_row - lane / 4);
+              }
+              hide_and_scale(block);
+              if (again || !rows.settled) moved = rows.settle(s, scale.factor);
+              rows.exponentiate(s, scale.factor, added);
+              again = !again && rows.out_of_bounds(added);
+            } while (again);
+            scores_are_read(left == 1);
+          } else {
+            scores_are_read(left == 1);
+            hide_and_scale(block);
+            moved = rows.settle(s, scale.factor);
+            rows.exponentiate(s, scale.factor, added);
+            if (rows.out_of_bounds(added)) __trap();  // never: no score exceeds `top` by much
+          }
+          rows.add(added);
           if (left > 1) wait_for_bytes(control.k_full[k.index], k.parity);  // of the next round
           wait_for_products<0>();
           keep(o);
@@ -327,10 +365,12 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
         keep(s);
         scores_are_read(blocks == 1);
         hide_and_scale(block);
-        const RowState finished = rows;
+        const RowState<T> finished = rows;
         rows.restart();
-        rows.template exponentiate<C::kUse.polynomials>(s, scale.factor);
-        rows.stay_before();
+        rows.settle(s, scale.factor);
+        rows.exponentiate(s, scale.factor, added);
+        if (rows.out_of_bounds(added)) __trap();  // never: no score exceeds `top` any more
+        rows.add(added);
         wait_for_products<0>();
         keep(o);
         values_are_read();
@@ -366,15 +406,17 @@ __global__ __launch_bounds__(C::kThreads, 1) void forward_kernel(const __grid_co
       init_barrier(control.q_full[i], 1);
       init_barrier(control.q_free[i], kReaders);
     }
-    for (int i = 0; i < C::kStages; ++i) {
+    for (int i = 0; i < C::kKeyStages; ++i) {
       init_barrier(control.k_full[i], 1);
       init_barrier(control.k_free[i], kReaders);
+    }
+    for (int i = 0; i < C::kValueStages; ++i) {
       init_barrier(control.v_full[i], 1);
       init_barrier(control.v_free[i], kReaders);
     }
     for (int i = 0; i < kTileSlots; ++i) {
       init_barrier(control.tile_full[i], 1);
-      init_barrier(control.tile_free[i], kReaders + 1);
+      init_barrier(control.tile_free[i], kReaders + 2);
     }
   }
   __syncthreads();
@@ -383,7 +425,8 @@ __global__ __launch_bounds__(C::kThreads, 1) void forward_kernel(const __grid_co
   if (warp < 4) {
     leave_registers<C::kUse.few_registers()>();
     if (warp == 0) take_tiles<C>(arguments, control);
-    if (warp == 1 && threadIdx.x % 32 == 0) fetch_tiles<C>(arguments, control, shared);
+    if (warp == 1 && threadIdx.x % 32 == 0) fetch_queries_and_keys<C>(arguments, control, shared);
+    if (warp == 2 && threadIdx.x % 32 == 0) fetch_values<C>(arguments, control, shared);
   } else {
     take_registers<C::kUse.many_registers()>();
     compute_tiles<C>(arguments, control, shared, warp / 4 - 1);

@@ -9,8 +9,9 @@
 
 namespace inlay::attention::cuda {
 
-// Keys and values that should stay in the L2 cache until all queries have seen them.
-constexpr int64_t kCachedBytes = int64_t{32} << 20;
+// So many heads of q are worked on together: enough that the long tiles of causal attention start early, few enough that
+// their keys and values are still in the L2 cache when the last queries come.
+constexpr int64_t kHeadsTogether = 32;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -23,10 +24,7 @@ inline TileOrder tile_order(const Inputs& in, int64_t queries, void* scratch) {
   const bool packed = in.queries.offsets != nullptr;
   const int64_t places = packed ? in.queries.chunk_bound(queries) : divide_up(in.queries.tokens, queries);
   const int64_t heads = packed ? in.query_heads : in.batch * in.query_heads;
-  const int64_t keys = packed ? in.keys.tokens / in.keys.count + 1 : in.keys.tokens;
-  const int64_t bytes = keys * (in.head_dim + in.value_dim) * size_of(in.q.dtype);
-  const int64_t cached = kCachedBytes / (bytes > 0 ? bytes : 1);
-  const int64_t head_group = (cached > 1 ? cached : 1) * in.group();
+  const int64_t head_group = divide_up(kHeadsTogether, in.group()) * in.group();
   if (places * heads >= int64_t{1} << 31) throw std::runtime_error("attention: q must have fewer than 2^31 tiles");
   TileOrder order;
   order.count = static_cast<uint32_t>(places * heads);

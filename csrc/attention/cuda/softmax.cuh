@@ -4,7 +4,7 @@
 
 #include "attention/cuda/tiles.cuh"
 #include "attention/params.h"
-#include "common/cuda/mma.cuh"
+#include "common/cuda/tile.cuh"
 #include "common/cuda/sigmoid.cuh"
 
 namespace inlay::attention::cuda {
@@ -40,20 +40,16 @@ struct ScoreScale {
   }
 };
 
-// The keys that this thread's queries see.
+// The keys that this thread's queries see. Of the two ranges' four ends each of the four threads that share them holds
+// one, as registers are short.
 struct RowLimits {
-  int begin[2], end[2];  // less the first of this thread's columns
+  int own;
 
   __device__ __forceinline__ void find(const Inputs& in, const TileInfo& info, int own_row) {
-    const int column = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = min(own_row + 8 * r, info.query_count - 1);
-      const KeyRange seen =
-          in.visible(info.first_query + row, info.key_count, info.diagonal, info.batch, info.query_row + row);
-      begin[r] = static_cast<int>(seen.begin) - column;
-      end[r] = static_cast<int>(seen.end) - column;
-    }
+    const int row = min(own_row + (threadIdx.x & 2) * 4, info.query_count - 1);
+    const KeyRange seen =
+        in.visible(info.first_query + row, info.key_count, info.diagonal, info.batch, info.query_row + row);
+    own = static_cast<int>(threadIdx.x & 1 ? seen.end : seen.begin);
   }
 
   // The first so many of this thread's 32 columns, 2 of each 8, as bits.
@@ -68,8 +64,9 @@ struct RowLimits {
     for (int part = 0; part < kTiles; part += 16) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int from = first_key + part * 8;
-        const uint32_t seen = columns_below(end[r] - from) & ~columns_below(begin[r] - from);
+        const int from = first_key + part * 8 + threadIdx.x % 4 * 2;
+        const int begin = __shfl_sync(0xffffffffu, own, 2 * r, 4), end = __shfl_sync(0xffffffffu, own, 2 * r + 1, 4);
+        const uint32_t seen = columns_below(end - from) & ~columns_below(begin - from);
 #pragma unroll
         for (int i = 0; i < 16 && part + i < kTiles; ++i) {
           if (!(seen & (1u << (2 * i)))) s[part + i][2 * r] = -INFINITY;
@@ -80,41 +77,31 @@ struct RowLimits {
   }
 };
 
-// 2^x for x up to 127 from additions and multiplications, to 2^-13; less than 2^-126 becomes zero.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer
-  float bounded;
-  asm("max.NaN.f32 %0, %1, 0fC2FE0000;" : "=f"(bounded) : "f"(x));  // -127
-  const float shifted = bounded + kRounder;
-  const float fraction = bounded - (shifted - kRounder);
-  const float power = fmaf(fmaf(fmaf(0.05500869f, fraction, 0.24221063f), fraction, 0.69328292f), fraction, 1.0f);
-  return power * __uint_as_float((__float_as_uint(shifted) << 23) + 0x3f800000u);
-}
-
-// The index-th power of 16; spread evenly.
-template <int kPolynomials>
-__device__ __forceinline__ float power(float x, int index) {
-  return (index + 1) * kPolynomials / 16 != index * kPolynomials / 16 ? exp2_polynomial(x) : exp2_fast(x);
-}
-
 // What is known of the softmax of this thread's queries so far: sums of 2^(factor * (s - top)), of this thread's columns.
+//
+// `top` need not be the largest score, only near enough for 32 bits. It is set when a query has its first scores, and
+// then stays for as long as sums do not outgrow kBound: finding maxima takes as long as two thirds of the powers.
+template <typename T>
 struct RowState {
-  // As long as scores exceed `top` by no more than this power of two, it stays: rescaling o takes time.
+  // As long as scores exceed `top` by no more than this power of two, settle() leaves it: rescaling o takes time.
   static constexpr float kHeadroom = 8.0f;
+  // Of a tile's sum. Probabilities are multiplied as T, of which float16 ends at 2^16.
+  static constexpr float kBound = kDType<T> == DType::bf16 ? 0x1p60f : 0x1p15f;
 
   float top[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
   float rescaling[2];
+  bool settled = false;  // all of the warp's queries have a `top`
 
   __device__ __forceinline__ void restart() {
     top[0] = top[1] = -INFINITY;
     sum[0] = sum[1] = 0.0f;
+    settled = false;
   }
 
-  // s becomes 2^(factor * (s - top)). Whether o must be rescaled, the same for the whole warp. Of 16 powers kPolynomials
-  // are computed without the special function unit, which is the slowest part.
-  template <int kPolynomials, int kTiles>
-  __device__ __forceinline__ bool exponentiate(Accumulator (&s)[kTiles], float factor) {
+  // Makes `top` fit the scores. Whether o must be rescaled, the same for the whole warp.
+  template <int kTiles>
+  __device__ __forceinline__ bool settle(const Accumulator (&s)[kTiles], float factor) {
     float best[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -137,25 +124,35 @@ struct RowState {
         sum[r] *= rescaling[r];
         top[r] = best[r];
       }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float offset = top[r] == -INFINITY ? 0.0f : -top[r] * factor;
-      float even = sum[r], odd = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        even += s[i][2 * r] = power<kPolynomials>(fmaf(s[i][2 * r], factor, offset), i % 4 * 4 + 2 * r);
-        odd += s[i][2 * r + 1] = power<kPolynomials>(fmaf(s[i][2 * r + 1], factor, offset), i % 4 * 4 + 2 * r + 1);
-      }
-      sum[r] = even + odd;
+      settled = __all_sync(0xffffffffu, top[0] != -INFINITY && top[1] != -INFINITY);
     }
     return moved;
   }
 
-  // Keeps the compiler from moving exponentials to behind a wait that follows: sums are never negative, but it does not
-  // know that.
-  __device__ __forceinline__ void stay_before() const {
-    if (sum[0] + sum[1] < 0.0f) __trap();
+  // s becomes 2^(factor * (s - top)), `added` its sums.
+  template <int kTiles>
+  __device__ __forceinline__ void exponentiate(Accumulator (&s)[kTiles], float factor, float (&added)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float offset = top[r] == -INFINITY ? 0.0f : -top[r] * factor;
+      float even = 0.0f, odd = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        even += s[i][2 * r] = exp2_fast(fmaf(s[i][2 * r], factor, offset));
+        odd += s[i][2 * r + 1] = exp2_fast(fmaf(s[i][2 * r + 1], factor, offset));
+      }
+      added[r] = even + odd;
+    }
+  }
+
+  // Whether settle() is needed after all. As a branch it also keeps the compiler from moving exponentials to behind the
+  // wait that follows.
+  __device__ __forceinline__ static bool out_of_bounds(const float (&added)[2]) {
+    return __any_sync(0xffffffffu, added[0] > kBound || added[1] > kBound);
+  }
+  __device__ __forceinline__ void add(const float (&added)[2]) {
+    sum[0] += added[0];
+    sum[1] += added[1];
   }
 
   template <int kTiles>
@@ -169,6 +166,25 @@ struct RowState {
     }
   }
 };
+
+// The scores of this warp's 16 queries once more, by itself.
+template <typename T, int kTiles, int kQueries, int kDepth>
+__device__ __forceinline__ void recompute_scores(Accumulator (&s)[kTiles], TileView<T, kQueries, kDepth> queries,
+                                                 TileView<T, kTiles * 8, kDepth> keys, int first_row) {
+#pragma unroll
+  for (int i = 0; i < kTiles; i += 2) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) s[i][j] = s[i + 1][j] = 0.0f;
+#pragma unroll 1
+    for (int column = 0; column < kDepth; column += 16) {
+      Fragment a, b;
+      queries.template load_rows_first<false>(a, first_row, column);
+      keys.template load_columns_first<false>(b, i * 8, column);
+      multiply_add<T>(s[i], a, b[0], b[1]);
+      multiply_add<T>(s[i + 1], a, b[2], b[3]);
+    }
+  }
+}
 
 template <typename T, int kSteps, int kTiles>
 __device__ __forceinline__ void pack_probabilities(Fragment (&p)[kSteps], const Accumulator (&s)[kTiles]) {
@@ -276,7 +292,7 @@ __device__ __forceinline__ void apply_gate(const Inputs& in, const TileInfo& inf
 
 // Divides by the sums, with the sink's share, and stores o, y and lse.
 template <typename T, int kTiles>
-__device__ __forceinline__ void finish_rows(const ForwardParams& params, const TileInfo& info, const RowState& rows,
+__device__ __forceinline__ void finish_rows(const ForwardParams& params, const TileInfo& info, const RowState<T>& rows,
                                             float factor, Accumulator (&o)[kTiles], int own_row) {
   const Inputs& in = params.inputs;
   const ResultPlace place(in, info, own_row);

@@ -83,10 +83,13 @@ __device__ TileInfo describe_tile(const Inputs& in, const TileOrder& order, uint
 
   constexpr int kFar = 0x7fffffff;
   int lowest = kFar, highest = 0, all_from = 0, all_to = kFar;
-  for (int i = threadIdx.x % 32; i < info.query_count; i += 32) {
+  // Without key ranges both limits grow with the query: the first and the last query say all, even where they see
+  // nothing themselves.
+  const int lane = threadIdx.x % 32, step = in.key_ranges.data ? 1 : max(info.query_count - 1, 1);
+  for (int i = lane * step; i < info.query_count; i += 32 * step) {
     const KeyRange seen = in.visible(first + i, key_count, info.diagonal, info.batch, info.query_row + i);
     const int begin = static_cast<int>(seen.begin), end = static_cast<int>(seen.end);
-    if (!seen.empty()) {
+    if (!in.key_ranges.data || !seen.empty()) {
       lowest = min(lowest, begin);
       highest = max(highest, end);
     }
@@ -97,7 +100,8 @@ __device__ TileInfo describe_tile(const Inputs& in, const TileOrder& order, uint
   highest = __reduce_max_sync(0xffffffffu, highest);
   all_from = __reduce_max_sync(0xffffffffu, all_from);
   all_to = __reduce_min_sync(0xffffffffu, all_to);
-  if (highest > 0) {
+  highest = min(highest, info.key_count);
+  if (lowest < highest) {
     info.first_block = lowest / kKeys;
     info.end_block = (highest + kKeys - 1) / kKeys;
     info.first_full_block = (all_from + kKeys - 1) / kKeys;
