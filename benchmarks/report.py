@@ -91,6 +91,8 @@ def _cell(row: dict[str, str] | None) -> str:
     if row is None:
         return ""
     share = f" ({float(row['copy_share']):.2f})" if int(row["bytes"]) else ""
+    if float(row.get("tflop_s") or 0):
+        share = f" ({float(row['tflop_s']):.3g} TFLOP/s)"
     note = f" *{row['note']}*" if row["note"] else ""
     return f"{float(row['median_us']):.1f}{share}{note}"
 

@@ -25,21 +25,21 @@ class Backward {
 
   static int64_t elements(const Inputs& inputs) {
     using Arena = MatrixArena<Scalar>;
-    return Gradients<Vec>::elements(inputs) + Arena::elements(kBackwardKeys, inputs.head_dim) +
-           Arena::elements(kBackwardKeys, inputs.value_dim);
+    return Gradients<Vec>::elements(inputs) + Arena::elements(backward_block(inputs), inputs.head_dim) +
+           Arena::elements(backward_block(inputs), inputs.value_dim);
   }
 
   void run(const KeyTask& task) {
     const Span span(inputs_, task.sequence);
-    const int64_t key = task.block * kBackwardKeys;
-    const int64_t stored = smaller(kBackwardKeys, span.keys.end - span.keys.begin - key);
+    const int64_t block = backward_block(inputs_), key = task.block * block;
+    const int64_t stored = smaller(block, span.keys.end - span.keys.begin - key);
     const int64_t count = larger(0, smaller(stored, span.key_count - key));
     if (count > 0) tiles_.load_keys(span, task.key_head, key, count, dv_);
-    for (int64_t i = 0; i < kBackwardKeys; ++i) {
+    for (int64_t i = 0; i < block; ++i) {
       fill_zero(dk_.row(i), round_up(inputs_.head_dim, Vec::lanes));
       fill_zero(dv_.row(i), round_up(inputs_.value_dim, Vec::lanes));
     }
-    const int64_t group = inputs_.group(), queries = queries_of(kBackwardRows, group);
+    const int64_t group = inputs_.group(), queries = backward_queries(inputs_);
     int64_t number = inputs_.queries.first_chunk(task.sequence, queries);
     for (int64_t query = 0; query < span.query_count; query += queries, ++number) {
       const TileKeys& seen = scratch_.tiles[number];
@@ -60,8 +60,8 @@ class Backward {
         inputs_(p.inputs),
         scratch_(scratch),
         tiles_(p, scratch, arena),
-        dk_(arena.take(kBackwardKeys, p.inputs.head_dim)),
-        dv_(arena.take(kBackwardKeys, p.inputs.value_dim)) {}
+        dk_(arena.take(backward_block(p.inputs), p.inputs.head_dim)),
+        dv_(arena.take(backward_block(p.inputs), p.inputs.value_dim)) {}
 
   // `finished`: how many blocks of keys have added their part to the tile's dQ.
   void visit(const RowTile& tile, const TileKeys& seen, const KeyTask& task, int32_t* finished) {
@@ -76,7 +76,7 @@ class Backward {
       add_transposed({width, dim, rows, from_column(from_row(tiles_.dscores, first), columns.begin),
                       from_row(tiles_.q, first), from_row(dk_, columns.begin)});
     });
-    const auto earlier = static_cast<int32_t>(task.block - seen.any.begin / kBackwardKeys);
+    const auto earlier = static_cast<int32_t>(task.block - seen.any.begin / backward_block(inputs_));
     while (__atomic_load_n(finished, __ATOMIC_ACQUIRE) != earlier) sched_yield();
     const int64_t row = dq_row(inputs_, tile.span.queries.batch, task.key_head, tile.span.queries.begin + tile.query);
     const M dq{static_cast<Scalar*>(scratch_.dq) + row * dim, dim};
@@ -160,8 +160,8 @@ void store_dq(const BackwardParams& p, const BackwardScratch& scratch, const Que
   const Inputs& inputs = p.inputs;
   const int64_t group = inputs.group(), width = inputs.head_dim, dim = round_up(width, Vec::lanes);
   const Span span(inputs, task.sequence);
-  const int64_t number = inputs.queries.first_chunk(task.sequence, queries_of(kBackwardRows, group)) +
-                         task.begin / queries_of(kBackwardRows, group);
+  const int64_t number =
+      inputs.queries.first_chunk(task.sequence, backward_queries(inputs)) + task.begin / backward_queries(inputs);
   const bool seen = !scratch.tiles[number].any.empty();
   const Vec scale = Vec::set(static_cast<Scalar>(inputs.scale));
   const RowTile tile{span, task.key_head * group, group, task.begin, task.count};

@@ -18,8 +18,8 @@ class BiasGradient {
 
   static int64_t elements(const Inputs& inputs) {
     using Arena = MatrixArena<Scalar>;
-    return Gradients<Vec>::elements(inputs) + Arena::elements(kBackwardKeys, inputs.value_dim) +
-           Arena::elements(kBiasQueries, kBiasKeys);
+    return Gradients<Vec>::elements(inputs) + Arena::elements(backward_block(inputs), inputs.value_dim) +
+           Arena::elements(kBiasQueries, backward_block(inputs));
   }
 
   void run(const BiasTask& task) {
@@ -31,8 +31,8 @@ class BiasGradient {
     for (int64_t batch = task.begin[0]; batch < task.end[0]; ++batch) {
       const Span span(inputs_, batch);
       for (int64_t head = task.begin[1]; head < task.end[1]; ++head) {
-        for (int64_t key = task.begin[3]; key < task.end[3]; key += kBiasKeys) {
-          const int64_t count = smaller(kBiasKeys, smaller(task.end[3], span.key_count) - key);
+        for (int64_t key = task.begin[3]; key < task.end[3]; key += backward_block(inputs_)) {
+          const int64_t count = smaller(backward_block(inputs_), smaller(task.end[3], span.key_count) - key);
           if (count <= 0) break;
           tiles_.load_keys(span, head / inputs_.group(), key, count, values_);
           for (int64_t query = task.begin[2]; query < task.end[2]; query += kBiasQueries) {
@@ -56,8 +56,8 @@ class BiasGradient {
       : p_(p),
         inputs_(p.inputs),
         tiles_(p, scratch, arena),
-        values_(arena.take(kBackwardKeys, p.inputs.value_dim)),
-        sums_(arena.take(kBiasQueries, kBiasKeys)) {}
+        values_(arena.take(backward_block(p.inputs), p.inputs.value_dim)),
+        sums_(arena.take(kBiasQueries, backward_block(p.inputs))) {}
 
   void add(const RowTile& tile) {
     tiles_.load_rows(tile, {});

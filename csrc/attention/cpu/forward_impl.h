@@ -33,7 +33,9 @@ class Forward {
 
   Forward(const ForwardParams& p, void* memory) : Forward(p, MatrixArena<Scalar>(memory)) {}
 
-  static int64_t rows_of(const Inputs& inputs) { return queries_of(kForwardRows, inputs.group()) * inputs.group(); }
+  static int64_t rows_of(const Inputs& inputs) {
+    return queries_of(forward_rows(inputs), inputs.group()) * inputs.group();
+  }
 
   static int64_t bytes(const Inputs& inputs) {
     using Arena = MatrixArena<Scalar>;
@@ -129,7 +131,7 @@ class Forward {
     const Vec shift = Vec::set(base);
     Vec sum_of_row = Vec::set(0);
     for (int64_t j = columns.begin; j < columns.end; j += Vec::lanes) {
-      const Vec probability = exp(Vec::load(scores + j, Full{}) - shift);
+      const Vec probability = exp_of_nonpositive(Vec::load(scores + j, Full{}) - shift);
       sum_of_row = sum_of_row + probability;
       Vec::store(scores + j, probability, Full{});
     }

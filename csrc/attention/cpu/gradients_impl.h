@@ -17,33 +17,33 @@ class Gradients {
   using M = Matrix<Scalar>;
 
   Gradients(const BackwardParams& p, const BackwardScratch& scratch, MatrixArena<Scalar>& arena)
-      : k(arena.take(kBackwardKeys, p.inputs.head_dim)),
+      : k(arena.take(backward_block(p.inputs), p.inputs.head_dim)),
         q(arena.take(max_rows(p.inputs), p.inputs.head_dim)),
         dout(arena.take(max_rows(p.inputs), p.inputs.value_dim)),
-        probabilities(arena.take(max_rows(p.inputs), kBackwardKeys)),
-        dscores(arena.take(max_rows(p.inputs), kBackwardKeys)),
+        probabilities(arena.take(max_rows(p.inputs), backward_block(p.inputs))),
+        dscores(arena.take(max_rows(p.inputs), backward_block(p.inputs))),
         p_(p),
         inputs_(p.inputs),
         scratch_(scratch),
         scores_(p.inputs),
-        k_transposed_(arena.take(p.inputs.head_dim, kBackwardKeys)),
-        v_transposed_(arena.take(p.inputs.value_dim, kBackwardKeys)),
+        k_transposed_(arena.take(p.inputs.head_dim, backward_block(p.inputs))),
+        v_transposed_(arena.take(p.inputs.value_dim, backward_block(p.inputs))),
         lse_(arena.take_row(max_rows(p.inputs))),
         delta_(arena.take_row(max_rows(p.inputs))),
-        factors_(arena.take_row(kBackwardKeys)),
-        slopes_(arena.take_row(kBackwardKeys)),
+        factors_(arena.take_row(backward_block(p.inputs))),
+        slopes_(arena.take_row(backward_block(p.inputs))),
         ranges_(reinterpret_cast<KeyRange*>(arena.take_row(kRangeElements * max_rows(p.inputs)))) {}
 
   static int64_t max_rows(const Inputs& inputs) {
-    return larger(queries_of(kBackwardRows, inputs.group()) * inputs.group(), kBiasQueries);
+    return larger(backward_queries(inputs) * inputs.group(), kBiasQueries);
   }
 
   static int64_t elements(const Inputs& inputs) {
     using Arena = MatrixArena<Scalar>;
     const int64_t rows = max_rows(inputs), d = inputs.head_dim, dv = inputs.value_dim;
-    return Arena::elements(kBackwardKeys, d) + Arena::elements(rows, d) + Arena::elements(rows, dv) +
-           2 * Arena::elements(rows, kBackwardKeys) + Arena::elements(d + dv, kBackwardKeys) +
-           2 * Arena::elements(1, rows) + 2 * Arena::elements(1, kBackwardKeys) +
+    return Arena::elements(backward_block(inputs), d) + Arena::elements(rows, d) + Arena::elements(rows, dv) +
+           2 * Arena::elements(rows, backward_block(inputs)) + Arena::elements(d + dv, backward_block(inputs)) +
+           2 * Arena::elements(1, rows) + 2 * Arena::elements(1, backward_block(inputs)) +
            Arena::elements(1, kRangeElements * rows);
   }
 
@@ -142,7 +142,7 @@ class Gradients {
   INLAY_INLINE void gradient_row(int64_t row, const Columns& columns, Scalar* p, Scalar* ds) const {
     const Vec lse = Vec::set(lse_[row]), delta = Vec::set(delta_[row]);
     for (int64_t j = columns.begin; j < columns.end; j += Vec::lanes) {
-      const Vec probability = exp(Vec::load(p + j, Full{}) - lse);
+      const Vec probability = exp_of_nonpositive(Vec::load(p + j, Full{}) - lse);
       Vec dprobability = Vec::load(ds + j, Full{});
       if constexpr (dropout) {
         const Vec factor = Vec::load(factors_ + j, Full{});

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/params.h"
+#include "common/cpu/elements.h"
 
 namespace inlay::attention {
 
@@ -14,7 +15,7 @@ struct QueryTask {
   int64_t count = 0;
 };
 
-// One block of keys of a sequence, for one key head: keys [block * kBackwardKeys, + kBackwardKeys).
+// One block of keys of a sequence, for one key head: from key block * backward_block() on.
 struct KeyTask {
   int64_t sequence = 0;
   int64_t key_head = 0;
@@ -27,15 +28,30 @@ struct BiasTask {
   int64_t end[4] = {0, 0, 0, 0};
 };
 
-constexpr int64_t kForwardRows = 192;  // rows (a query and a head each) that share a pass over the keys
+// Sizes of blocks, for which a core's second-level cache has room: as wide heads are, so few rows. A row is a query and
+// a head. They are functions of the widths alone: neither what else is in the batch nor the number of threads has a say
+// in the order of sums.
 constexpr int64_t kForwardKeys = 128;  // keys that are packed at a time
-constexpr int64_t kBackwardRows = 96;
-constexpr int64_t kBackwardKeys = 96;
 constexpr int64_t kBiasQueries = 64;
-constexpr int64_t kBiasKeys = kBackwardKeys;
+
+INLAY_INLINE int64_t forward_rows(const Inputs& inputs) {
+  const int64_t width = inputs.head_dim + inputs.value_dim;
+  return width <= 128 ? 384 : width <= 256 ? 192 : width <= 512 ? 96 : 48;
+}
+
+// Rows and keys alike.
+INLAY_INLINE int64_t backward_block(const Inputs& inputs) {
+  const int64_t width = inputs.head_dim + inputs.value_dim;
+  return width <= 128 ? 144 : width <= 256 ? 96 : 48;
+}
 
 // How many queries of all heads of a group make up to `rows` rows.
-constexpr int64_t queries_of(int64_t rows, int64_t group) { return rows >= group ? rows / group : 1; }
+INLAY_INLINE int64_t queries_of(int64_t rows, int64_t group) { return rows >= group ? rows / group : 1; }
+
+// Queries of a tile of the backward.
+INLAY_INLINE int64_t backward_queries(const Inputs& inputs) {
+  return queries_of(backward_block(inputs), inputs.group());
+}
 
 // What the queries of a tile may see together: every key that any of them sees is in `any`.
 struct TileKeys {
@@ -47,7 +63,7 @@ struct TileKeys {
 struct BackwardScratch {
   void* delta = nullptr;        // wide [B, Hq, Sq]: what is taken from the gradient of every probability of a row
   void* dq = nullptr;           // wide, a dense row of D a row of queries, see dq_row(); not yet times the scale
-  TileKeys* tiles = nullptr;    // of each tile of queries_of(kBackwardRows, group) queries
+  TileKeys* tiles = nullptr;    // of each tile of backward_queries() queries
   int32_t* finished = nullptr;  // of each tile and key head: how many blocks of keys have added their part to dq
 };
 
@@ -67,7 +83,7 @@ struct Kernels {
 };
 
 // The number of the row of dq for the first head of the group, counted in rows of the scratch memory.
-inline int64_t dq_row(const Inputs& inputs, int64_t batch, int64_t key_head, int64_t token) {
+INLAY_INLINE int64_t dq_row(const Inputs& inputs, int64_t batch, int64_t key_head, int64_t token) {
   return ((batch * inputs.key_heads + key_head) * inputs.queries.tokens + token) * inputs.group();
 }
 

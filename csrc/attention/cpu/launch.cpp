@@ -86,15 +86,16 @@ int64_t forward_queries(const Inputs& inputs) {
   constexpr int64_t kLeastRows = 48;
   const int64_t rows = inputs.batch * inputs.queries.tokens * inputs.query_heads;
   const int64_t share = rows / (4 * torch::stable::get_num_threads());
-  return queries_of(std::clamp(share, kLeastRows, kForwardRows), inputs.group());
+  return queries_of(std::clamp(share, kLeastRows, std::max(kLeastRows, forward_rows(inputs))), inputs.group());
 }
 
 // Blocks of keys, all heads of one before the next: the parts of dq are added in the order of the blocks, and a thread
 // seldom waits for another if they are at different heads.
 std::vector<KeyTask> key_tasks(const Inputs& inputs) {
+  const int64_t step = backward_block(inputs);
   std::vector<KeyTask> tasks;
   for (int64_t sequence = 0; sequence < inputs.keys.count; ++sequence) {
-    const int64_t blocks = (length_of(inputs.keys, sequence) + kBackwardKeys - 1) / kBackwardKeys;
+    const int64_t blocks = (length_of(inputs.keys, sequence) + step - 1) / step;
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t head = 0; head < inputs.key_heads; ++head) tasks.push_back({sequence, head, block});
     }
@@ -106,7 +107,7 @@ std::vector<KeyTask> key_tasks(const Inputs& inputs) {
 std::vector<BiasTask> bias_tasks(const BackwardParams& p) {
   const Inputs& inputs = p.inputs;
   const int64_t full[] = {inputs.batch, inputs.query_heads, inputs.queries.tokens, inputs.keys.tokens};
-  const int64_t steps[] = {1, 1, kBiasQueries, kBiasKeys};
+  const int64_t steps[] = {1, 1, kBiasQueries, backward_block(inputs)};
   std::vector<BiasTask> tasks(1);
   for (int dimension = 0; dimension < 4; ++dimension) {
     const int64_t step = p.dbias.sizes[dimension] == 1 ? std::max<int64_t>(full[dimension], 1) : steps[dimension];
@@ -123,15 +124,13 @@ std::vector<BiasTask> bias_tasks(const BackwardParams& p) {
   return tasks;
 }
 
-int64_t tile_queries(const Inputs& inputs) { return queries_of(kBackwardRows, inputs.group()); }
-
 // Where the parts of the scratch memory begin, and its end.
 struct ScratchLayout {
   explicit ScratchLayout(const BackwardParams& p) {
     const Inputs& inputs = p.inputs;
     const int64_t element = size_of(wide_dtype(inputs.q.dtype));
     const int64_t rows = inputs.batch * inputs.queries.tokens * inputs.query_heads;
-    const int64_t tiles = inputs.key_heads == 0 ? 0 : inputs.queries.chunk_bound(tile_queries(inputs));
+    const int64_t tiles = inputs.key_heads == 0 ? 0 : inputs.queries.chunk_bound(backward_queries(inputs));
     const auto after = [](int64_t bytes) { return cpu::round_up(bytes, kScratchAlignment); };
     dq = after(rows * element);
     // Rows in whole vectors of any tier.
@@ -152,7 +151,7 @@ BackwardScratch scratch_of(const BackwardParams& p) {
 }
 
 void find_tile_keys(const Inputs& inputs, TileKeys* tiles) {
-  const int64_t step = tile_queries(inputs);
+  const int64_t step = backward_queries(inputs);
   for (int64_t n = 0; n < inputs.queries.count; ++n) {
     const Sequence queries = inputs.queries[n], keys = inputs.keys[n];
     const int64_t length = queries.end - queries.begin, key_count = inputs.key_count(n, keys);
@@ -198,7 +197,7 @@ void backward(const BackwardParams& p, void*) {
   in_order(key_tasks(inputs), bytes,
            [&](const KeyTask& task, void* memory) { kernels.backward(p, scratch, task, memory); });
   if (has_rows) {
-    const std::vector<QueryTask> tiles = query_tasks(inputs, tile_queries(inputs));
+    const std::vector<QueryTask> tiles = query_tasks(inputs, backward_queries(inputs));
     torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) kernels.store_dq(p, scratch, tiles[i]);
     });

@@ -67,6 +67,10 @@ void load_tile(const TokenTensor& tensor, const RowTile& tile, int64_t width, ty
     tile.each([&](int64_t row, int64_t token, int64_t head) {
       const Element* from =
           static_cast<const Element*>(tensor.data) + tensor.offset(tile.span.queries.batch, token, head);
+      // Rows may be pages apart, which the processor does not foresee. A hint, harmless beyond the last row.
+      for (int64_t j = 0; j < width; j += kLineBytes / static_cast<int64_t>(sizeof(Element))) {
+        __builtin_prefetch(from + kRowsAhead * tensor.token_stride + j);
+      }
       typename Vec::Scalar* out = to.row(row);
       sweep<Vec>(width,
                  [&](int64_t j, auto lanes) { Vec::store(out + j, Vec::load(from + j, lanes) * times, Full{}); });

@@ -34,6 +34,17 @@ INLAY_INLINE Vec exp(Vec v) {
   return scale(exp_less_one_near_zero(r) + constant(1.0f), n);
 }
 
+// e^v for v <= 0, a third cheaper: what would be below the normal numbers is zero. As above otherwise.
+template <class Vec>
+INLAY_INLINE Vec exp_of_nonpositive(Vec v) {
+  const auto constant = [](float value) { return Vec::set(value); };
+  v = max(constant(-88.0f), v);
+  const Vec n = round_even(v * constant(0x1.715476p+0f));
+  Vec r = fma(n, constant(-0x1.62e4p-1f), v);
+  r = fma(n, constant(-0x1.7f7d1cp-20f), r);
+  return scale_or_zero(exp_less_one_near_zero(r) + constant(1.0f), n);
+}
+
 // log(1 + v) in single precision for 0 <= v <= 1, small v to the last digits too; NaN stays NaN.
 // With s = v / (2 + v) <= 1/3: log(1 + v) = 2 artanh(s), whose series' next term is 5e-10 of it.
 template <class Vec>
