@@ -115,7 +115,7 @@ struct ForwardParams {
   OutputTensor y;    // [B, Sq, Hq, DV] T: o, times sigmoid(gate) where there is a gate
   OutputTensor o;    // [B, Sq, Hq, DV] T: before the gate, or not wanted
   OutputTensor lse;  // [B, Hq, Sq] wide, or not wanted
-  void* scratch = nullptr;  // scratch_bytes(), aligned to 4 bytes
+  void* scratch = nullptr;  // scratch_bytes(), aligned to 256 bytes
 };
 
 struct BackwardParams {

@@ -1,9 +1,9 @@
 // The forward for 16-bit values on Hopper.
 //
-// A tile is `queries` queries of one head of one sequence. Blocks stay on the chip and take tile after tile, the longest
-// ones first, until none is left. Of a block's warpgroups the first is split: one of its warps takes tiles and says what
-// they are (TileInfo), one fetches the tile's q and, key tile by key tile from the last to the first, k, and one v. Each
-// of the other warpgroups has 64 of the queries:
+// A tile is `queries` queries of one head of one sequence. Blocks stay on the chip and take tile after tile, the
+// longest ones first, until none is left. Of a block's warpgroups the first is split: one of its warps takes tiles and
+// says what they are (TileInfo), one fetches the tile's q and, key tile by key tile from the last to the first, k, and
+// one v. Each of the other warpgroups has 64 of the queries:
 //
 //   s = q k^T of one tile of keys, m = the largest scores so far, p = 2^(s - m), o = o * 2^(old m - m) + p v
 //
@@ -62,6 +62,7 @@ struct ForwardControl {
   TileInfo tiles[kTileSlots];
 };
 
+// At most 227 KiB.
 template <class C>
 constexpr int kForwardSharedBytes = C::kControlAt + static_cast<int>(sizeof(ForwardControl<C>));
 
@@ -109,8 +110,8 @@ __device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C>&
 }
 
 // Fetches a box of each panel of a tile.
-__device__ __forceinline__ void fetch_panels(uint32_t to, int panels, int panel_bytes, const CUtensorMap& map, int token,
-                                             int head, int batch, BulkBarrier& full) {
+__device__ __forceinline__ void fetch_panels(uint32_t to, int panels, int panel_bytes, const CUtensorMap& map,
+                                             int token, int head, int batch, BulkBarrier& full) {
   expect_bytes(full, panels * panel_bytes, 0);
 #pragma unroll 1
   for (int panel = 0; panel < panels; ++panel) {
@@ -230,15 +231,12 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
     commit_products();
   };
   const auto wait_for_turn = [&] {
-    if constexpr (C::kUse.turns != 0) meet_at(8 + group, 256);
+    if constexpr (C::kUse.in_turns) meet_at(8 + group, 256);
   };
-  const auto end_turn = [&](int at) {
-    if constexpr (C::kUse.turns != 0) {
-      if (at == C::kUse.turns) arrive_at(8 + (group + 1) % C::kGroups, 256);
-    }
+  const auto end_turn = [&] {
+    if constexpr (C::kUse.in_turns) arrive_at(8 + (group + 1) % C::kGroups, 256);
   };
-  if (group == C::kGroups - 1) end_turn(C::kUse.turns);
-
+  if (group == C::kGroups - 1) end_turn();
   const auto hide_and_scale = [&](int block) {
     if (scale.before) scale.apply(s);
     if (block < first_full_block || block >= end_full_block) limits.hide(s, block * C::kKeys);
@@ -279,10 +277,9 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
       wait_for_turn();
       begin_products();
       start_scores();
-      end_turn(1);
+      end_turn();
       limits.find(params.inputs, control.tiles[tile.index], own_row);
       wait_for_products<0>();
-      end_turn(2);
       keep(s);
       scores_are_read(blocks == 1);
       hide_and_scale(block);
@@ -307,9 +304,8 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
           wait_for_bytes(control.v_full[v.index], v.parity);
           begin_products();
           start_values();
-          end_turn(1);
+          end_turn();
           wait_for_products<1>();
-          end_turn(2);
           keep(s);
           bool moved = false;
           if constexpr (C::kUse.bold) {
@@ -358,10 +354,9 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
         wait_for_bytes(control.v_full[v.index], v.parity);
         begin_products();
         start_values();
-        end_turn(1);
+        end_turn();
         limits.find(params.inputs, control.tiles[next.index], own_row);
         wait_for_products<1>();
-        end_turn(2);
         keep(s);
         scores_are_read(blocks == 1);
         hide_and_scale(block);

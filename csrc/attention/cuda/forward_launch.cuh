@@ -9,8 +9,8 @@
 
 namespace inlay::attention::cuda {
 
-// So many heads of q are worked on together: enough that the long tiles of causal attention start early, few enough that
-// their keys and values are still in the L2 cache when the last queries come.
+// So many heads of q are worked on together: enough that the long tiles of causal attention start early, few enough
+// that their keys and values are still in the L2 cache when the last queries come.
 constexpr int64_t kHeadsTogether = 32;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,12 +39,15 @@ inline TileOrder tile_order(const Inputs& in, int64_t queries, void* scratch) {
 template <typename T, int kShape>
 void forward_tiles(const ForwardParams& params, void* stream) {
   using C = ForwardConfig<T, kShape>;
+  static_assert(kForwardSharedBytes<C> <= 227 << 10);
   const Inputs& in = params.inputs;
   ForwardArguments arguments;
   arguments.params = params;
   arguments.q = make_tensor_map({in.q, in.batch, in.queries.tokens, in.query_heads, in.head_dim, C::kQueries});
-  arguments.k = make_tensor_map({in.k, in.batch, in.keys.tokens, in.key_heads, in.head_dim, C::kKeys});
-  arguments.v = make_tensor_map({in.v, in.batch, in.keys.tokens, in.key_heads, in.value_dim, C::kKeys});
+  // Without keys nothing is fetched, but a map wants a place in memory.
+  const bool any = in.keys.tokens > 0;
+  arguments.k = make_tensor_map({any ? in.k : in.q, in.batch, in.keys.tokens, in.key_heads, in.head_dim, C::kKeys});
+  arguments.v = make_tensor_map({any ? in.v : in.q, in.batch, in.keys.tokens, in.key_heads, in.value_dim, C::kKeys});
   arguments.order = tile_order(in, C::kQueries, params.scratch);
   if (arguments.order.taken) {
     check(cudaMemsetAsync(arguments.order.taken, 0, sizeof(unsigned), static_cast<cudaStream_t>(stream)),

@@ -30,7 +30,9 @@ bool is_hopper() {
 }
 
 bool fits(const ForwardShape& shape, const Inputs& in) {
-  return in.head_dim <= shape.head_dim && in.value_dim <= shape.value_dim;
+  const int64_t sequences = in.queries.count > 0 ? in.queries.count : 1;
+  const int64_t queries = in.queries.offsets ? in.queries.tokens / sequences : in.queries.tokens;
+  return in.head_dim <= shape.head_dim && in.value_dim <= shape.value_dim && queries <= shape.most_queries;
 }
 
 // What python/inlay/ops/_attention_kernels.py should have kept away.

@@ -7,8 +7,9 @@
 namespace inlay::attention::cuda {
 
 inline inlay::cuda::BoxedTensor boxed(const TokenTensor& tensor, const Inputs& in, bool of_queries, int64_t columns) {
-  return {tensor, in.batch, of_queries ? in.queries.tokens : in.keys.tokens,
-          of_queries ? in.query_heads : in.key_heads, columns, 0};
+  return {
+      tensor,  in.batch, of_queries ? in.queries.tokens : in.keys.tokens, of_queries ? in.query_heads : in.key_heads,
+      columns, 0};
 }
 
 // Each part at a multiple of 256 bytes from the start. `memory` may be null where only `bytes` is wanted.

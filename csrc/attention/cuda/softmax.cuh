@@ -4,8 +4,8 @@
 
 #include "attention/cuda/tiles.cuh"
 #include "attention/params.h"
-#include "common/cuda/tile.cuh"
 #include "common/cuda/sigmoid.cuh"
+#include "common/cuda/tile.cuh"
 
 namespace inlay::attention::cuda {
 
@@ -77,7 +77,8 @@ struct RowLimits {
   }
 };
 
-// What is known of the softmax of this thread's queries so far: sums of 2^(factor * (s - top)), of this thread's columns.
+// What is known of the softmax of this thread's queries so far: sums of 2^(factor * (s - top)), of this thread's
+// columns.
 //
 // `top` need not be the largest score, only near enough for 32 bits. It is set when a query has its first scores, and
 // then stays for as long as sums do not outgrow kBound: finding maxima takes as long as two thirds of the powers.
@@ -115,8 +116,8 @@ struct RowState {
       best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 1));
       best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 2));
     }
-    const bool moved = __any_sync(
-        0xffffffffu, (best[0] - top[0]) * factor > kHeadroom || (best[1] - top[1]) * factor > kHeadroom);
+    const bool moved =
+        __any_sync(0xffffffffu, (best[0] - top[0]) * factor > kHeadroom || (best[1] - top[1]) * factor > kHeadroom);
     if (moved) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -211,9 +212,10 @@ __device__ __forceinline__ void exchange_words(uint32_t (&w)[4]) {
 
 // 16 bytes to global memory where `wanted`, without a branch.
 __device__ __forceinline__ void store_piece(void* to, const uint32_t (&words)[4], bool wanted) {
-  asm volatile("{ .reg .pred wanted; setp.ne.b32 wanted, %5, 0; @wanted st.global.v4.b32 [%0], {%1,%2,%3,%4}; }" ::"l"(to),
-               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(static_cast<int>(wanted))
-               : "memory");
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.b32 wanted, %5, 0; @wanted st.global.v4.b32 [%0], {%1,%2,%3,%4}; }" ::"l"(to),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 
 // Where this thread's rows and pieces of o, y and gate lie.

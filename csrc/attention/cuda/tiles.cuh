@@ -10,10 +10,10 @@ namespace inlay::attention::cuda {
 struct TileInfo {
   int batch;
   int head, key_head;
-  int first_query, query_count;  // of the sequence; a count of zero: nothing is left
-  int query_row, key_row;        // the first query's token, and the token of the sequence's first key
-  int key_count, diagonal;       // the sequence's visible keys, and how many more keys than queries it has
-  int first_block, end_block;    // some query sees a key
+  int first_query, query_count;          // of the sequence; a count of zero: nothing is left
+  int query_row, key_row;                // the first query's token, and the token of the sequence's first key
+  int key_count, diagonal;               // the sequence's visible keys, and how many more keys than queries it has
+  int first_block, end_block;            // some query sees a key
   int first_full_block, end_full_block;  // every query sees every key
   int clear_from;  // rows of the last block from here on lie outside of the sequence but inside of the tensor; 0: none
 };
@@ -26,7 +26,8 @@ struct TileOrder {
   uint32_t heads = 0;       // of all batch rows
   uint32_t head_group = 0;  // heads of a group of these
   uint32_t group = 1;       // heads of q to one of k and v
-  unsigned* taken = nullptr;  // tiles that were taken after the first one of each block; null: every so many-th is one's own
+  unsigned* taken =
+      nullptr;  // tiles that were taken after the first one of each block; null: every so many-th is one's own
 };
 
 #ifdef __CUDACC__

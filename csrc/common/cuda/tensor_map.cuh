@@ -1,5 +1,5 @@
-// Hopper's copy engine for tensors: boxes of a tensor, cut out by coordinates, go to shared memory in the order that the
-// tensor cores read. What lies outside of the tensor comes as zeros, and the number of bytes stays the same.
+// Hopper's copy engine for tensors: boxes of a tensor, cut out by coordinates, go to shared memory in the order that
+// the tensor cores read. What lies outside of the tensor comes as zeros, and the number of bytes stays the same.
 #pragma once
 
 #include <cuda.h>
@@ -72,8 +72,9 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
 __device__ __forceinline__ void fetch_box(uint32_t shared, const CUtensorMap& map, int column, int token, int head,
                                           int batch, BulkBarrier& barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
-      ::"r"(shared), "l"(&map), "r"(column), "r"(token), "r"(head), "r"(batch), "r"(shared_address(&barrier))
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(token), "r"(head), "r"(batch), "r"(shared_address(&barrier))
       : "memory");
 }
 

@@ -49,28 +49,29 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes)
   USE(32, "256", INLAY_R120 ",%120,%121,%122,%123,%124,%125,%126,%127", "%128", "%129", "%130", "%131", "%132", "%133", "%134", INLAY_C16(0), INLAY_C16(16))
 // clang-format on
 
-#define INLAY_WGMMA_SHARED(TYPE, N, C, O0, O1, O2, O3, O4, O5, O6, ...)                                                      \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, " O2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE \
-               " {" C "}, " O0 ", " O1 ", p, 1, 1, " O3 ", " O4 "; }"                                                \
-               : __VA_ARGS__                                                                                         \
+#define INLAY_WGMMA_SHARED(TYPE, N, C, O0, O1, O2, O3, O4, O5, O6, ...)                                        \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " O2 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
+               "." TYPE " {" C "}, " O0 ", " O1 ", p, 1, 1, " O3 ", " O4 "; }"                                 \
+               : __VA_ARGS__                                                                                   \
                : "l"(a), "l"(b), "r"(accumulate), "n"(int{kTransposedA}), "n"(int{kTransposedB}))
-#define INLAY_WGMMA_REGISTERS(TYPE, N, C, O0, O1, O2, O3, O4, O5, O6, ...)                                           \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, " O5 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE \
-               " {" C "}, {" O0 ", " O1 ", " O2 ", " O3 "}, " O4 ", p, 1, 1, " O6 "; }"                              \
-               : __VA_ARGS__                                                                                         \
+#define INLAY_WGMMA_REGISTERS(TYPE, N, C, O0, O1, O2, O3, O4, O5, O6, ...)                                     \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " O5 ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
+               "." TYPE " {" C "}, {" O0 ", " O1 ", " O2 ", " O3 "}, " O4 ", p, 1, 1, " O6 "; }"               \
+               : __VA_ARGS__                                                                                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int{kTransposedB}))
 
-// c[64, 8 kTiles] += or, unless `accumulate`, = a b, where a [64, 16] is stored with the summed dimension as columns or,
-// transposed, as rows; and b [16, 8 kTiles] with it as columns, that is as b's transpose, or, kTransposedB, as rows.
+// c[64, 8 kTiles] += or, unless `accumulate`, = a b, where a [64, 16] is stored with the summed dimension as columns
+// or, transposed, as rows; and b [16, 8 kTiles] with it as columns, that is as b's transpose, or, kTransposedB, as
+// rows.
 template <typename T, int kTiles, bool kTransposedA, bool kTransposedB>
 __device__ __forceinline__ void start_product_of(Accumulator* c, uint64_t a, uint64_t b, int accumulate) {
-#define INLAY_USE(TILES, ...)                    \
-  if constexpr (kTiles == TILES) {               \
-    if constexpr (kDType<T> == DType::bf16) {    \
-      INLAY_WGMMA_SHARED("bf16", __VA_ARGS__);   \
-    } else {                                     \
-      INLAY_WGMMA_SHARED("f16", __VA_ARGS__);    \
-    }                                            \
+#define INLAY_USE(TILES, ...)                  \
+  if constexpr (kTiles == TILES) {             \
+    if constexpr (kDType<T> == DType::bf16) {  \
+      INLAY_WGMMA_SHARED("bf16", __VA_ARGS__); \
+    } else {                                   \
+      INLAY_WGMMA_SHARED("f16", __VA_ARGS__);  \
+    }                                          \
   }
   INLAY_WGMMA_WIDTHS(INLAY_USE)
 #undef INLAY_USE
@@ -79,13 +80,13 @@ __device__ __forceinline__ void start_product_of(Accumulator* c, uint64_t a, uin
 // The same with a in registers.
 template <typename T, int kTiles, bool kTransposedB>
 __device__ __forceinline__ void start_product_of(Accumulator* c, const Fragment& a, uint64_t b, int accumulate) {
-#define INLAY_USE(TILES, ...)                    \
-  if constexpr (kTiles == TILES) {               \
-    if constexpr (kDType<T> == DType::bf16) {    \
+#define INLAY_USE(TILES, ...)                     \
+  if constexpr (kTiles == TILES) {                \
+    if constexpr (kDType<T> == DType::bf16) {     \
       INLAY_WGMMA_REGISTERS("bf16", __VA_ARGS__); \
-    } else {                                     \
-      INLAY_WGMMA_REGISTERS("f16", __VA_ARGS__); \
-    }                                            \
+    } else {                                      \
+      INLAY_WGMMA_REGISTERS("f16", __VA_ARGS__);  \
+    }                                             \
   }
   INLAY_WGMMA_WIDTHS(INLAY_USE)
 #undef INLAY_USE
