@@ -28,7 +28,12 @@ Results run_forward(const Arguments& arguments, bool wants_lse, bool wants_o) {
   params.y = output_tensor(results.y, q.dtype);
   if (wants_lse) params.lse = output_tensor(results.lse, wide);
   if (wants_o) params.o = output_tensor(results.o, q.dtype);
-  if (inputs.batch > 0 && inputs.queries.tokens > 0 && inputs.query_heads > 0) forward(params, scope.stream());
+  if (inputs.batch > 0 && inputs.queries.tokens > 0 && inputs.query_heads > 0) {
+    const int64_t elements = (scratch_bytes(params) + 3) / 4;
+    const Tensor scratch = empty(&elements, 1, DType::f32, q);
+    params.scratch = output_tensor(scratch, DType::f32).data;
+    forward(params, scope.stream());
+  }
   return results;
 }
 

@@ -115,6 +115,7 @@ struct ForwardParams {
   OutputTensor y;    // [B, Sq, Hq, DV] T: o, times sigmoid(gate) where there is a gate
   OutputTensor o;    // [B, Sq, Hq, DV] T: before the gate, or not wanted
   OutputTensor lse;  // [B, Hq, Sq] wide, or not wanted
+  void* scratch = nullptr;  // scratch_bytes(), aligned to 256 bytes
 };
 
 struct BackwardParams {
@@ -137,6 +138,7 @@ struct BackwardParams {
 // CPU. A case without kernels throws; python/inlay/ops/_attention_kernels.py knows which have some.
 void forward(const ForwardParams& params, void* stream);
 void backward(const BackwardParams& params, void* stream);
+int64_t scratch_bytes(const ForwardParams& params);
 int64_t scratch_bytes(const BackwardParams& params);
 
 }  // namespace inlay::attention

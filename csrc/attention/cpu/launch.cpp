@@ -187,6 +187,7 @@ void forward(const ForwardParams& p, void*) {
            [&](const QueryTask& task, void* memory) { kernels.forward(p, task, memory); });
 }
 
+int64_t scratch_bytes(const ForwardParams&) { return 0; }
 int64_t scratch_bytes(const BackwardParams& p) { return ScratchLayout(p).end + kScratchAlignment; }
 
 void backward(const BackwardParams& p, void*) {

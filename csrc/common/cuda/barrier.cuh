@@ -57,6 +57,32 @@ __device__ __forceinline__ void wait_at(Barrier& barrier, int64_t phase) {
 #endif
 }
 
+#if __CUDA_ARCH__ >= 900
+// For a wait that is long and not urgent: it leaves the issue slots to others.
+__device__ __forceinline__ void wait_patiently(Barrier& barrier, int64_t phase) {
+  const uint32_t parity = static_cast<uint32_t>(phase) & 1;
+  uint32_t done = 0;
+  while (true) {
+    asm volatile(
+        "{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done; }"
+        : "=r"(done)
+        : "r"(shared_address(&barrier)), "r"(parity)
+        : "memory");
+    if (done) return;
+    __nanosleep(64);
+  }
+}
+#endif
+
+// A plain barrier is one of a block's 16 by number, 0 being that of __syncthreads(). It opens when `threads` threads,
+// those that only arrive included, have come; what they wrote to shared memory before is then visible.
+__device__ __forceinline__ void meet_at(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive_at(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // The stages in turn, each with the number of times it was used before.
 template <int kStages>
 struct Turn {

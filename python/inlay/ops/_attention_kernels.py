@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Head dimensions of q and k, and of v, for which CUDA has kernels.
-_CUDA_HEAD_DIMS: frozenset[tuple[int, int]] = frozenset()
+_CUDA_DTYPES = (torch.bfloat16, torch.float16)
+_CUDA_HEAD_DIM = 256  # of q and k, and of v, at most
 
 
 class Features(NamedTuple):
@@ -23,4 +23,11 @@ class Features(NamedTuple):
 def has_kernel(q: Tensor, v: Tensor, features: Features) -> bool:
     if q.device.type != "cuda":
         return True
-    return q.dtype in (torch.bfloat16, torch.float16) and (q.shape[-1], v.shape[-1]) in _CUDA_HEAD_DIMS
+    if any(features) or q.dtype not in _CUDA_DTYPES:
+        return False
+    return max(q.shape[-1], v.shape[-1]) <= _CUDA_HEAD_DIM and _is_hopper(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).major == 9

@@ -1,0 +1,54 @@
+// Shapes of the tiles that the kernels for 16-bit values work on.
+#pragma once
+
+#include "common/cuda/launch.cuh"
+
+namespace inlay::attention::cuda {
+
+// What one block of the forward works on at a time. Each group is a warpgroup of 64 queries; another one fetches.
+struct ForwardShape {
+  int head_dim;      // the kernel's, of q and k; a tensor's may be smaller
+  int value_dim;     // likewise
+  int most_queries;  // of a sequence, on average; longer ones have another shape
+  int groups;        // of 64 queries
+  int keys;          // a tile of keys
+  int key_stages;    // tiles of k in shared memory
+  int value_stages;  // tiles of v
+  int query_stages;  // tiles of q: with two, the next tile's comes early
+  bool in_turns;     // a group starts its products after the one before it has
+  bool bold;         // scores are compared with the first tile's largest alone, until they get out of hand
+
+  constexpr int queries() const { return groups * 64; }
+  constexpr int threads() const { return (groups + 1) * 128; }
+  // Registers of a thread that fetches, and of one that computes; a block has 65536 for all.
+  constexpr int few_registers() const { return groups == 3 ? 32 : head_dim > 192 ? 24 : 40; }
+  constexpr int many_registers() const { return groups == 3 ? 160 : head_dim > 192 ? 240 : 232; }
+};
+
+constexpr int kAnyLength = 0x7fffffff;
+
+// In the order of their cost: the first one that is large enough serves. Measured on an H200 (bf16, 16k tokens, cycles
+// under the profiler; the share of them in which the tensor cores work): `bold` takes d128 from 77 to 86 %, d64 from 57
+// to 63 %, and leaves d256, which has few scores for its products, at 94 %; turns take d256 from 87 to 94 %, and cost
+// bold shapes 1 to 2 %. Three groups read k and v from shared memory once for 192 queries, which pays for d64 from 2048
+// queries on (513 against 464 TFLOP/s), but 1024 queries are not a multiple of 192 (causal 276 against 322).
+inline constexpr ForwardShape kForwardShapes[] = {
+    {32, 32, kAnyLength, 3, 128, 3, 3, 2, false, true},   {48, 40, kAnyLength, 3, 128, 3, 3, 2, false, true},
+    {64, 64, 1024, 2, 128, 3, 3, 2, false, true},         {64, 64, kAnyLength, 3, 128, 3, 3, 2, false, true},
+    {80, 80, kAnyLength, 2, 128, 3, 2, 1, false, true},   {96, 96, kAnyLength, 2, 128, 3, 2, 1, false, true},
+    {128, 128, kAnyLength, 2, 128, 3, 2, 2, false, true}, {160, 160, kAnyLength, 2, 96, 2, 2, 1, true, true},
+    {192, 128, kAnyLength, 2, 128, 2, 2, 1, true, true},  {192, 192, kAnyLength, 2, 96, 2, 2, 1, true, true},
+    {256, 256, kAnyLength, 2, 80, 2, 2, 1, true, false},
+};
+
+// The number of the shape with these dimensions for sequences of this length.
+constexpr int forward_shape(int head_dim, int value_dim, int queries = kAnyLength) {
+  int i = 0;
+  while (kForwardShapes[i].head_dim != head_dim || kForwardShapes[i].value_dim != value_dim ||
+         kForwardShapes[i].most_queries < queries) {
+    ++i;
+  }
+  return i;
+}
+
+}  // namespace inlay::attention::cuda

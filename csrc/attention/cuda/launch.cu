@@ -1,0 +1,95 @@
+// The CUDA side of attention/params.h.
+#include "attention/cuda/launch.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <array>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "attention/cuda/scratch.h"
+
+namespace inlay::attention {
+namespace cuda {
+namespace {
+
+using namespace inlay::cuda;
+
+bool is_hopper() {
+  static std::array<std::atomic<int>, kMaxDevices> majors{};
+  const int device = current_device();
+  int major = majors[device].load(std::memory_order_relaxed);
+  if (major == 0) {
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    majors[device].store(major, std::memory_order_relaxed);
+  }
+  return major == 9;
+}
+
+bool fits(const ForwardShape& shape, const Inputs& in) {
+  const int64_t sequences = in.queries.count > 0 ? in.queries.count : 1;
+  const int64_t queries = in.queries.offsets ? in.queries.tokens / sequences : in.queries.tokens;
+  return in.head_dim <= shape.head_dim && in.value_dim <= shape.value_dim && queries <= shape.most_queries;
+}
+
+// What python/inlay/ops/_attention_kernels.py should have kept away.
+void check_served(const Inputs& in) {
+  const auto fail = [](const std::string& what) { throw std::runtime_error("attention: " + what); };
+  if (!is_hopper()) fail("q must be on a GPU of compute capability 9.0: there are CUDA kernels for no other");
+  if (in.q.dtype != DType::bf16 && in.q.dtype != DType::f16) {
+    fail(std::string("q must be bfloat16 or float16 on CUDA, got ") + name_of(in.q.dtype));
+  }
+  if (in.mask.data || in.bias.data) fail("mask and bias must be None on CUDA: there are no kernels for them");
+  if (in.dropout.seed) fail("dropout_p must be 0 on CUDA: there are no kernels for it");
+  for (const ForwardShape& shape : kForwardShapes) {
+    if (fits(shape, in)) return;
+  }
+  fail("q and v must have at most 256 in their last dimensions on CUDA, got " + std::to_string(in.head_dim) + " and " +
+       std::to_string(in.value_dim));
+}
+
+template <typename T, std::size_t... kShapes>
+void start_forward(const ForwardParams& params, void* stream, std::index_sequence<kShapes...>) {
+  const auto use = [&](auto shape) {
+    if (!fits(kForwardShapes[shape], params.inputs)) return false;
+    forward_tiles<T, static_cast<int>(shape)>(params, stream);
+    return true;
+  };
+  (use(std::integral_constant<std::size_t, kShapes>()) || ...);
+}
+
+}  // namespace
+}  // namespace cuda
+
+int64_t scratch_bytes(const ForwardParams& params) {
+  cuda::check_served(params.inputs);
+  return cuda::ForwardScratch(params.inputs, nullptr).bytes;
+}
+
+void forward(const ForwardParams& params, void* stream) {
+  using cuda::boxed;
+  ForwardParams own = params;
+  Inputs& in = own.inputs;
+  const cuda::ForwardScratch scratch(in, params.scratch);
+  own.scratch = scratch.taken;
+  if (scratch.q) in.q = cuda::dense_copy(boxed(in.q, in, true, in.head_dim), scratch.q, stream);
+  if (scratch.k) in.k = cuda::dense_copy(boxed(in.k, in, false, in.head_dim), scratch.k, stream);
+  if (scratch.v) in.v = cuda::dense_copy(boxed(in.v, in, false, in.value_dim), scratch.v, stream);
+  constexpr auto kShapes = std::make_index_sequence<std::size(cuda::kForwardShapes)>();
+  if (in.q.dtype == DType::bf16) {
+    cuda::start_forward<__nv_bfloat16>(own, stream, kShapes);
+  } else {
+    cuda::start_forward<__half>(own, stream, kShapes);
+  }
+}
+
+int64_t scratch_bytes(const BackwardParams&) {
+  throw std::runtime_error("attention_bwd: q must be on the CPU: there are no CUDA kernels yet");
+}
+
+void backward(const BackwardParams& params, void*) { scratch_bytes(params); }
+
+}  // namespace inlay::attention

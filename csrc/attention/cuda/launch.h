@@ -1,0 +1,18 @@
+// What the CUDA side's files tell each other.
+#pragma once
+
+#include "attention/cuda/config.h"
+#include "attention/params.h"
+#include "common/cuda/tensor_map.cuh"
+
+namespace inlay::attention::cuda {
+
+// The forward with the tiles of kForwardShapes[kShape]; T is 16 bits wide, and tensor maps can describe q, k and v.
+// `params.scratch` is a TileOrder's `taken`. Instantiated in instantiations/.
+template <typename T, int kShape>
+void forward_tiles(const ForwardParams& params, void* stream);
+
+// A copy of a tensor of 16-bit values, [batch, tokens, heads, columns].
+TokenTensor dense_copy(const inlay::cuda::BoxedTensor& tensor, void* to, void* stream);
+
+}  // namespace inlay::attention::cuda

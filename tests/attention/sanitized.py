@@ -1,0 +1,40 @@
+"""Every CUDA kernel of the family, for compute-sanitizer (``make sanitize``). Nothing is compared."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import inlay
+from tests.attention.cases import Case
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DIMS = ((32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (160, 160), (192, 128), (192, 192), (256, 200))
+FEATURES = ((), ("causal", "gate", "sinks"), ("lengths", "window"), ("ranges",), ("packed", "causal"), ("softcap",))
+
+
+def main(names: list[str]) -> None:
+    """``names``: of the dtypes, all by default; one is enough where it is shared memory that is checked."""
+    count = 0
+    for name in names or DTYPES:
+        for dim, value_dim in DIMS:
+            for features in FEATURES:
+                for queries, keys in ((1, 1), (150, 300), (1100, 200)):  # the last one has d64's other shape
+                    batch = 1 if "packed" in features else 2
+                    case = Case(queries, keys, batch, dim=dim, value_dim=value_dim, features=features)
+                    tensors = case.inputs(DTYPES[name], "cuda")
+                    case.run(inlay, tensors)
+                    if not features:  # rows that the copy engine cannot read
+                        tensors["k"] = torch.nn.functional.pad(tensors["k"], (1, 0))[..., 1:]
+                        case.run(inlay, tensors)
+                        tensors["k"] = tensors["k"] * (torch.arange(keys, device="cuda") < keys // 2)[:, None, None]
+                        case.run(inlay, {**tensors, "k": 900 * tensors["k"]})  # scores outgrow the first tile's
+                    count += 1
+        torch.cuda.synchronize()
+        print(name, flush=True)
+    print(f"{count} cases")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
