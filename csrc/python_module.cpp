@@ -44,8 +44,8 @@ PYBIND11_MODULE(_native, m) {
         enums["RMS"] = static_cast<int>(Kind::rms);
         enums["LAYER"] = static_cast<int>(Kind::layer);
         enums["L2"] = static_cast<int>(Kind::l2);
-        enums["ONCE"] = static_cast<int>(Rounding::once);
-        enums["STEPWISE"] = static_cast<int>(Rounding::stepwise);
+        enums["ONCE"] = static_cast<int>(inlay::Rounding::once);
+        enums["STEPWISE"] = static_cast<int>(inlay::Rounding::stepwise);
         enums["SILU"] = static_cast<int>(Activation::silu);
         enums["SIGMOID"] = static_cast<int>(Activation::sigmoid);
         return enums;

@@ -74,4 +74,14 @@ STABLE_TORCH_LIBRARY(inlay, m) {
       "gdn_layer_step(Tensor mixed_qkv, Tensor z, Tensor a, Tensor b, Tensor conv_weight, Tensor? conv_bias, "
       "Tensor A_log, Tensor dt_bias, Tensor norm_weight, Tensor(a!) conv_state, Tensor(b!) state, int key_heads, "
       "float eps, float beta_scale) -> Tensor");
+
+  // rope. What the backward needs are the inputs alone.
+  m.def(
+      "qk_norm_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, int rotary_dim, "
+      "float eps, float weight_offset, int rounding, int rotary_rounding, bool interleaved) -> "
+      "(Tensor q_out, Tensor k_out)");
+  m.def(
+      "qk_norm_rope_bwd(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, "
+      "Tensor? k_weight, int rotary_dim, float eps, float weight_offset, bool interleaved, bool needs_dq_weight, "
+      "bool needs_dk_weight) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)");
 }

@@ -1,13 +1,13 @@
 // The norm family's contract between bindings and kernels. The maths is in python/inlay/ops/norm.py.
 #pragma once
 
+#include "common/rounding.h"
 #include "common/rows.h"
 
 namespace inlay::norm {
 
 // Mirrored by the enums of python/inlay/ops/norm.py.
 enum class Kind : int32_t { rms, layer, l2 };
-enum class Rounding : int32_t { once, stepwise };
 enum class Activation : int32_t { silu, sigmoid };
 
 struct ForwardParams {

@@ -7,6 +7,7 @@ from inlay.ops.attention import attention
 from inlay.ops.conv import causal_conv1d, causal_conv1d_step
 from inlay.ops.gdn import gated_delta_rule, gated_delta_step, gdn_gates, gdn_layer_step
 from inlay.ops.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
+from inlay.ops.rope import qk_norm_rope
 
 __all__ = [
     "Info",
@@ -24,6 +25,7 @@ __all__ = [
     "layer_norm",
     "patch",
     "patched",
+    "qk_norm_rope",
     "register_kernels",
     "report",
     "rms_norm",

@@ -93,6 +93,8 @@ struct Avx2Vec {
     return _mm256_and_ps(v.raw, _mm256_castsi256_ps(lane_mask(part.count)));
   }
 
+  INLAY_INLINE static Avx2Vec swap_pairs(Avx2Vec v) { return _mm256_permute_ps(v.raw, 0b10110001); }
+
   // Within each half of four lanes first, four vectors at a time, then across the halves.
   INLAY_INLINE static void transpose(Avx2Vec (&vectors)[lanes]) {
     for (int64_t i = 0; i < lanes; i += 4) {

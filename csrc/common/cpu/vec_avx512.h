@@ -88,6 +88,8 @@ struct Avx512Vec {
     return _mm512_maskz_mov_ps(lane_mask(part.count), v.raw);
   }
 
+  INLAY_INLINE static Avx512Vec swap_pairs(Avx512Vec v) { return _mm512_permute_ps(v.raw, 0b10110001); }
+
   // Within each quarter of four lanes first, four vectors at a time, then across the quarters.
   INLAY_INLINE static void transpose(Avx512Vec (&vectors)[lanes]) {
     for (int64_t i = 0; i < lanes; i += 4) {

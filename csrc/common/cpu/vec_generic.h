@@ -9,6 +9,7 @@
 //   Vec::stream_fence()                after the last `stream`, before another thread may read
 //   Vec::round(v, bf16{} | f16{})      what storing and loading gives
 //   Vec::keep(v, Full | Partial)       zero beyond the count
+//   Vec::swap_pairs(v)                lanes 2 i and 2 i + 1 change places
 //   Vec::transpose(vectors)            an array of as many vectors as lanes: rows become columns
 //   + - * / of two vectors, -v, fma(a, b, c) = a * b + c, sum(v), min, max
 //   round_even(v), scale(v, n)         nearest integer; v * 2^n for integral n in [-151, 128]
@@ -116,6 +117,8 @@ struct GenericVec<double> : GenericVecBase<double, F64x2, 2> {
   F64x2 raw;
   GenericVec() = default;
   INLAY_INLINE GenericVec(F64x2 raw) : raw(raw) {}
+
+  INLAY_INLINE static GenericVec swap_pairs(GenericVec v) { return F64x2{v.raw[1], v.raw[0]}; }
 };
 
 template <>
@@ -123,6 +126,8 @@ struct GenericVec<float> : GenericVecBase<float, F32x4, 4> {
   F32x4 raw;
   GenericVec() = default;
   INLAY_INLINE GenericVec(F32x4 raw) : raw(raw) {}
+
+  INLAY_INLINE static GenericVec swap_pairs(GenericVec v) { return F32x4{v.raw[1], v.raw[0], v.raw[3], v.raw[2]}; }
 
   using GenericVecBase::load;
   using GenericVecBase::store;

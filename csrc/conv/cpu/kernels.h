@@ -10,7 +10,6 @@ namespace inlay::conv {
 constexpr int64_t kChannelBlock = 256;
 constexpr int64_t kTokenTile = 64;
 constexpr int64_t kRowTile = 512;  // tokens, where these are innermost
-constexpr int64_t kSumBlock = 64;  // channels whose partial sums are added by one thread
 
 constexpr int64_t channel_blocks(int64_t channels) { return (channels + kChannelBlock - 1) / kChannelBlock; }
 constexpr int64_t token_tiles(int64_t time) { return (time + kTokenTile - 1) / kTokenTile; }
@@ -48,7 +47,7 @@ struct Kernels {
   void (*forward)(const ForwardParams& params, int64_t begin, int64_t end, void* scratch, bool stream);
   // Channels innermost: pieces [begin, end) of channel_blocks x partial_rows. Tokens innermost: of channels.
   void (*backward)(const BackwardParams& params, int64_t begin, int64_t end, void* scratch, bool stream);
-  // dweight and dbias from the partial sums: blocks [begin, end) of kSumBlock channels.
+  // dweight and dbias from the partial sums: blocks [begin, end) of cpu::kSumBlock channels.
   void (*sum_partials)(const BackwardParams& params, int64_t begin, int64_t end);
   // dinitial_state: pieces [begin, end) of sequences x channel_blocks.
   void (*initial_state_gradient)(const BackwardParams& params, int64_t begin, int64_t end, void* scratch);

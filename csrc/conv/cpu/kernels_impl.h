@@ -1,6 +1,7 @@
 // The kernels of one instruction set, for the tier files.
 #pragma once
 
+#include "common/cpu/partial_sums.h"
 #include "conv/cpu/channels_impl.h"
 #include "conv/cpu/states_impl.h"
 #include "conv/cpu/tokens_impl.h"
@@ -38,11 +39,8 @@ void sum_partials(const BackwardParams& p, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kSumBlock;
       const int64_t count = smaller(kSumBlock, p.channels - first);
-      Scalar totals[kSumBlock] = {};
-      for (int64_t group = 0; group < p.partial_rows; ++group) {
-        const Scalar* source = partials + (group * p.sums() + sum) * p.channels + first;
-        for (int64_t i = 0; i < count; ++i) totals[i] += source[i];
-      }
+      Scalar totals[kSumBlock];
+      add_groups(partials + sum * p.channels + first, p.partial_rows, p.sums() * p.channels, count, totals);
       with_element_type<Vec>(output.dtype, [&](auto type) {
         auto* target = static_cast<typename decltype(type)::type*>(output.data);
         if (is_weight) {

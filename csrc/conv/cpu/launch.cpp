@@ -8,6 +8,7 @@
 #include "common/cpu/isa.h"
 #include "common/cpu/memory.h"
 #include "common/cpu/offsets.h"
+#include "common/cpu/partial_sums.h"
 #include "conv/cpu/kernels.h"
 
 namespace inlay::conv {
@@ -129,8 +130,8 @@ void backward(const BackwardParams& p, void*) {
     });
   }
   if (!p.partials) return;
-  const int64_t blocks = (p.channels + kSumBlock - 1) / kSumBlock;
-  in_parallel(p.dtype, blocks, p.partial_rows * p.sums() * kSumBlock,
+  const int64_t blocks = (p.channels + cpu::kSumBlock - 1) / cpu::kSumBlock;
+  in_parallel(p.dtype, blocks, p.partial_rows * p.sums() * cpu::kSumBlock,
               [&](int64_t begin, int64_t end, char*) { kernels.sum_partials(p, begin, end); });
 }
 

@@ -80,7 +80,7 @@ void layer_step(const LayerStepParams& p, void* stream) {
   norm.y = p.y;
   norm.eps = p.eps;
   norm.kind = norm::Kind::rms;
-  norm.rounding = norm::Rounding::stepwise;
+  norm.rounding = Rounding::stepwise;
   norm.activation = norm::Activation::silu;
   norm::forward(norm, stream);
 }

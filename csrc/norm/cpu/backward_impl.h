@@ -7,6 +7,7 @@
 // this, a gate before the norm scales dx after it.
 #pragma once
 
+#include "common/cpu/partial_sums.h"
 #include "norm/cpu/common_impl.h"
 
 namespace inlay::norm {
@@ -134,8 +135,8 @@ void backward(const BackwardParams& p, int64_t begin, int64_t end, int64_t group
     for (int64_t i = 0; i < sums * width; ++i) partial[i] = 0;
     Scalar* dweight = p.dweight.data ? partial : nullptr;
     Scalar* dbias = p.dbias.data ? partial + (sums - 1) * width : nullptr;
-    const int64_t first = p.rows / groups * group + smaller(group, p.rows % groups);
-    const int64_t last = p.rows / groups * (group + 1) + smaller(group + 1, p.rows % groups);
+    const int64_t first = group_begin(p.rows, groups, group);
+    const int64_t last = group_begin(p.rows, groups, group + 1);
     with_element_type<Vec>(p.dx.dtype, has_uniform_dtype(p), [&](auto type) {
       with_form(p, [&](auto form) {
         backward_rows<Vec, typename decltype(type)::type, decltype(form)::value>(p, first, last, scratch, dweight,
@@ -159,11 +160,8 @@ void sum_partials(const BackwardParams& p, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kSumBlock;
       const int64_t count = smaller(kSumBlock, p.width - first);
-      Scalar totals[kSumBlock] = {};
-      for (int64_t group = 0; group < p.partial_rows; ++group) {
-        const Scalar* source = partial + group * sums * p.width + first;
-        for (int64_t i = 0; i < count; ++i) totals[i] += source[i];
-      }
+      Scalar totals[kSumBlock];
+      add_groups(partial + first, p.partial_rows, sums * p.width, count, totals);
       sweep<Vec>(count, [&](int64_t i, auto lanes) { writer.store(first + i, Vec::load(totals + i, lanes), lanes); });
     }
     partial += p.width;

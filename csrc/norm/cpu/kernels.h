@@ -13,13 +13,12 @@ struct Kernels {
   // `scratch`: kBackwardScratch rows.
   void (*backward)(const BackwardParams& params, int64_t begin, int64_t end, int64_t groups, void* scratch,
                    bool stream);
-  // dweight and dbias from the groups' sums: blocks [begin, end) of kSumBlock columns.
+  // dweight and dbias from the groups' sums: blocks [begin, end) of cpu::kSumBlock columns.
   void (*sum_partials)(const BackwardParams& params, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kForwardScratch = 3;   // weight, bias, the row that is normalised
 constexpr int64_t kBackwardScratch = 3;  // weight, bias, sigmoid(gate)
-constexpr int64_t kSumBlock = 64;
 
 extern const Kernels kGenericKernels;
 extern const Kernels kGenericF64Kernels;

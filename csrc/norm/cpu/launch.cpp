@@ -7,6 +7,7 @@
 
 #include "common/cpu/isa.h"
 #include "common/cpu/memory.h"
+#include "common/cpu/partial_sums.h"
 #include "norm/cpu/kernels.h"
 
 namespace inlay::norm {
@@ -78,8 +79,8 @@ void backward(const BackwardParams& p, void*) {
     kernels.backward(p, begin, end, groups, scratch.get(), stream);
   });
   if (!p.partials) return;
-  const int64_t blocks = (p.width + kSumBlock - 1) / kSumBlock;
-  torch::stable::parallel_for(0, blocks, grain(p.partial_rows * kSumBlock),
+  const int64_t blocks = (p.width + cpu::kSumBlock - 1) / cpu::kSumBlock;
+  torch::stable::parallel_for(0, blocks, grain(p.partial_rows * cpu::kSumBlock),
                               [&](int64_t begin, int64_t end) { kernels.sum_partials(p, begin, end); });
 }
 

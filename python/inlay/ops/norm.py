@@ -36,6 +36,7 @@ from torch import Tensor
 from inlay import _load
 from inlay.ops import _checks as checks
 from inlay.ops._autograd import Function
+from inlay.ops._rounding import ROUNDING, Rounding
 from inlay.reference.norm import default_eps
 
 
@@ -47,13 +48,6 @@ class Kind(IntEnum):
     L2 = 2
 
 
-class Rounding(IntEnum):
-    """Mirrors ``inlay::norm::Rounding`` in csrc/norm/params.h."""
-
-    ONCE = 0
-    STEPWISE = 1
-
-
 class Activation(IntEnum):
     """Mirrors ``inlay::norm::Activation`` in csrc/norm/params.h."""
 
@@ -63,7 +57,6 @@ class Activation(IntEnum):
 
 # Plain integers: torch takes 3 us longer to convert the members of an enum.
 _RMS, _LAYER, _L2 = (int(kind) for kind in Kind)
-_ROUNDING = {"once": int(Rounding.ONCE), "stepwise": int(Rounding.STEPWISE)}
 _ACTIVATION = {"silu": int(Activation.SILU), "sigmoid": int(Activation.SIGMOID)}
 
 _ops = _load.namespace()
@@ -99,12 +92,12 @@ def rms_norm(
     Differentiable in x, weight and bias.
     """
     try:
-        return _normalise(x, weight, bias, None, default_eps(x.dtype, eps), weight_offset, _RMS, _ROUNDING[rounding])
+        return _normalise(x, weight, bias, None, default_eps(x.dtype, eps), weight_offset, _RMS, ROUNDING[rounding])
     except Exception:
         checks.activations("rms_norm", "x", x)
         checks.vector("rms_norm", "weight", weight, x)
         checks.vector("rms_norm", "bias", bias, x)
-        checks.choice("rms_norm", "rounding", rounding, _ROUNDING)
+        checks.choice("rms_norm", "rounding", rounding, ROUNDING)
         raise
 
 
@@ -120,7 +113,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         [..., N], contiguous, in x's dtype. Differentiable in x, weight and bias.
     """
     try:
-        return _normalise(x, weight, bias, None, eps, 0.0, _LAYER, _ROUNDING["once"])
+        return _normalise(x, weight, bias, None, eps, 0.0, _LAYER, ROUNDING["once"])
     except Exception:
         checks.activations("layer_norm", "x", x)
         checks.vector("layer_norm", "weight", weight, x)
@@ -139,7 +132,7 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
         [..., N], contiguous, in x's dtype. Differentiable in x.
     """
     try:
-        return _normalise(x, None, None, None, eps, 0.0, _L2, _ROUNDING["once"])
+        return _normalise(x, None, None, None, eps, 0.0, _L2, ROUNDING["once"])
     except Exception:
         checks.activations("l2_norm", "x", x)
         raise
@@ -175,7 +168,7 @@ def gated_rms_norm(
         raise TypeError("gated_rms_norm: gate must be a Tensor, got NoneType")
     try:
         return _normalise(
-            x, weight, bias, gate, default_eps(x.dtype, eps), weight_offset, _RMS, _ROUNDING[rounding],
+            x, weight, bias, gate, default_eps(x.dtype, eps), weight_offset, _RMS, ROUNDING[rounding],
             _ACTIVATION[activation], not norm_before_gate,
         )  # fmt: skip
     except Exception:
@@ -183,7 +176,7 @@ def gated_rms_norm(
         checks.like("gated_rms_norm", "gate", gate, x, dtypes=(x.dtype,))
         checks.vector("gated_rms_norm", "weight", weight, x)
         checks.vector("gated_rms_norm", "bias", bias, x)
-        checks.choice("gated_rms_norm", "rounding", rounding, _ROUNDING)
+        checks.choice("gated_rms_norm", "rounding", rounding, ROUNDING)
         checks.choice("gated_rms_norm", "activation", activation, _ACTIVATION)
         raise
 
@@ -216,7 +209,7 @@ def add_rms_norm(
     """
     try:
         return _add_normalise(
-            x, residual, weight, bias, default_eps(x.dtype, eps), weight_offset, _RMS, _ROUNDING[rounding],
+            x, residual, weight, bias, default_eps(x.dtype, eps), weight_offset, _RMS, ROUNDING[rounding],
             residual_dtype or residual.dtype,
         )  # fmt: skip
     except Exception:
@@ -225,7 +218,7 @@ def add_rms_norm(
         checks.like("add_rms_norm", "residual", residual, x, dtypes=x_or_wide)
         checks.vector("add_rms_norm", "weight", weight, x)
         checks.vector("add_rms_norm", "bias", bias, x)
-        checks.choice("add_rms_norm", "rounding", rounding, _ROUNDING)
+        checks.choice("add_rms_norm", "rounding", rounding, ROUNDING)
         checks.dtype("add_rms_norm", "residual_dtype", residual_dtype or residual.dtype, x_or_wide)
         raise
 

@@ -8,6 +8,7 @@ from inlay.reference.attention import attention
 from inlay.reference.conv import causal_conv1d, causal_conv1d_step
 from inlay.reference.gdn import gated_delta_rule, gated_delta_step, gdn_gates, gdn_layer_step
 from inlay.reference.norm import add_rms_norm, gated_rms_norm, l2_norm, layer_norm, rms_norm
+from inlay.reference.rope import qk_norm_rope
 
 __all__ = [
     "add_rms_norm",
@@ -21,5 +22,6 @@ __all__ = [
     "gdn_layer_step",
     "l2_norm",
     "layer_norm",
+    "qk_norm_rope",
     "rms_norm",
 ]
