@@ -127,7 +127,7 @@ def why_not(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> str | 
         return "a paged cache"
     if wants_weights(kwargs):
         return "attention weights are asked for"
-    eager = eager_function(type(module))
+    eager = eager_function(module)
     for name in _parameters(eager) - _SERVED if eager is not None else ():
         if kwargs.get(name) is not None:
             return f"its eager attention takes {name}"
@@ -171,7 +171,7 @@ def fall_back(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> tupl
     query, key, value, mask = inputs[:4]
     if mask is not None and mask.dim() == 4 and masks.is_ranges(mask):
         mask = masks.visible(mask, key.shape[2])
-    eager = eager_function(type(module))
+    eager = eager_function(module)
     function, arguments = ALL_ATTENTION_FUNCTIONS["sdpa"], dict(kwargs)
     if eager is not None and _needs_eager(eager, kwargs):
         function = eager
@@ -199,9 +199,14 @@ def _records_weights() -> bool:
     return recorded is not None and any("attentions" in key for key in recorded)
 
 
+def eager_function(module: nn.Module) -> Callable[..., Any] | None:
+    """The eager attention in the Python module that defines the module's class, or one that it is derived from."""
+    cls: Any = type(module)
+    return _eager_function(cls)
+
+
 @functools.cache
-def eager_function(cls: Any) -> Callable[..., Any] | None:
-    """The eager attention of the module that defines a class, or one of those it is derived from."""
+def _eager_function(cls: Any) -> Callable[..., Any] | None:
     for base in cls.__mro__:
         function = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
         if function is not None:

@@ -98,8 +98,8 @@ def read(function: Any) -> Pattern | None:
 
 def _read(function: Any, factories: dict[CodeType, str]) -> Pattern | None:
     code = getattr(function, "__code__", None)
-    kind = factories.get(code) if code is not None else None
-    if kind is None:
+    kind = None if code is None else factories.get(code)
+    if code is None or kind is None:
         return None
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     made_with = {name: cell.cell_contents for name, cell in cells}
