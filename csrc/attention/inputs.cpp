@@ -134,8 +134,9 @@ Inputs checked_inputs(const TensorInfo& q, const Arguments& a) {
   inputs.key_heads = k.sizes[2];
   inputs.head_dim = q.width();
   inputs.value_dim = v.width();
-  INLAY_CHECK(inputs.key_heads == 0 ? inputs.query_heads == 0 : inputs.query_heads % inputs.key_heads == 0, op,
-              ": q must have a multiple of k's heads ", inputs.key_heads, ", got ", inputs.query_heads);
+  INLAY_CHECK(inputs.query_heads == inputs.key_heads ||
+                  (inputs.key_heads > 0 && inputs.query_heads > 0 && inputs.query_heads % inputs.key_heads == 0),
+              op, ": q must have a multiple of k's heads ", inputs.key_heads, ", got ", inputs.query_heads);
   for (const TensorInfo* tensor : {&q, &v}) check_head_dim(*tensor);
   for (const TensorInfo* tensor : {&k, &v}) {
     check_dtype(*tensor, q.dtype, q.dtype);
@@ -166,7 +167,7 @@ Inputs checked_inputs(const TensorInfo& q, const Arguments& a) {
   }
   if (a.key_ranges) inputs.key_ranges = key_ranges_of(*a.key_ranges, q);
   inputs.dropout = dropout_of(a, q);
-  INLAY_CHECK(a.softcap >= 0, op, ": softcap must be at least 0, got ", std::to_string(a.softcap));
+  INLAY_CHECK(a.softcap >= 0 && std::isfinite(a.softcap), op, ": softcap must be finite and at least 0, got ", std::to_string(a.softcap));
   check_window(op, "window_left", a.window_left);
   check_window(op, "window_right", a.window_right);
   inputs.scale = a.scale;

@@ -82,7 +82,7 @@ struct Inputs {
   int64_t window_right = kUnlimited;
   bool allow_tf32 = false;  // products of float32 values may round them to tf32
 
-  INLAY_HOST_DEVICE int64_t group() const { return query_heads / key_heads; }
+  INLAY_HOST_DEVICE int64_t group() const { return key_heads > 0 ? query_heads / key_heads : 1; }
 
   // How many keys of the sequence there are.
   INLAY_HOST_DEVICE int64_t key_count(int64_t sequence, const Sequence& keys_of_it) const {

@@ -4,6 +4,7 @@ from inlay._info import Info, info
 from inlay.hf.kernels import register_kernels
 from inlay.hf.patch import patch, patched, report, unpatch
 from inlay.hf.registry import register_when_imported as _register_when_imported
+from inlay.ops._key_ranges import key_ranges
 from inlay.ops.attention import attention
 from inlay.ops.conv import causal_conv1d, causal_conv1d_step
 from inlay.ops.gdn import gated_delta_rule, gated_delta_step, gdn_gates, gdn_layer_step
@@ -22,6 +23,7 @@ __all__ = [
     "gdn_gates",
     "gdn_layer_step",
     "info",
+    "key_ranges",
     "l2_norm",
     "layer_norm",
     "patch",

@@ -18,6 +18,16 @@ struct Matrix {
   INLAY_INLINE Scalar* row(int64_t i) const { return data + i * stride; }
 };
 
+// The part of a matrix from some row, or column, on.
+template <class Scalar>
+INLAY_INLINE Matrix<Scalar> from_row(Matrix<Scalar> matrix, int64_t row) {
+  return {matrix.row(row), matrix.stride};
+}
+template <class Scalar>
+INLAY_INLINE Matrix<Scalar> from_column(Matrix<Scalar> matrix, int64_t column) {
+  return {matrix.data + column, matrix.stride};
+}
+
 INLAY_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // An odd number of cache lines a row: with an even one, the rows of a column would share few sets of the cache.

@@ -143,5 +143,10 @@ INLAY_INLINE Avx2Vec scale(Avx2Vec v, Avx2Vec n) {
   return _mm256_mul_ps(_mm256_mul_ps(v.raw, power_of_two(half)), power_of_two(_mm256_sub_epi32(exponent, half)));
 }
 
+INLAY_INLINE Avx2Vec scale_or_zero(Avx2Vec v, Avx2Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.raw), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(v.raw, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+
 }  // namespace
 }  // namespace inlay::cpu

@@ -131,5 +131,10 @@ INLAY_INLINE Avx512Vec round_even(Avx512Vec v) {
 }
 INLAY_INLINE Avx512Vec scale(Avx512Vec v, Avx512Vec n) { return _mm512_scalef_ps(v.raw, n.raw); }
 
+INLAY_INLINE Avx512Vec scale_or_zero(Avx512Vec v, Avx512Vec n) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(n.raw, _mm512_set1_ps(-127.0f), _CMP_NEQ_UQ);
+  return _mm512_maskz_scalef_ps(kept, v.raw, n.raw);
+}
+
 }  // namespace
 }  // namespace inlay::cpu

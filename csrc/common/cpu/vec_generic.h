@@ -13,6 +13,7 @@
 //   Vec::transpose(vectors)            an array of as many vectors as lanes: rows become columns
 //   + - * / of two vectors, -v, fma(a, b, c) = a * b + c, sum(v), min, max
 //   round_even(v), scale(v, n)         nearest integer; v * 2^n for integral n in [-151, 128]
+//   scale_or_zero(v, n)                v * 2^n for integral n in [-126, 127], zero for n = -127
 #pragma once
 
 #include "common/cpu/elements.h"
@@ -207,12 +208,21 @@ INLAY_INLINE GenericVec<float> scale(GenericVec<float> v, GenericVec<float> n) {
   return v.raw * reinterpret_cast<F32x4>((half + 127) << 23) * reinterpret_cast<F32x4>((exponent - half + 127) << 23);
 }
 
+INLAY_INLINE GenericVec<float> scale_or_zero(GenericVec<float> v, GenericVec<float> n) {
+  return v.raw * reinterpret_cast<F32x4>((__builtin_convertvector(n.raw, I32x4) + 127) << 23);
+}
+
 // Double precision serves gradient checks, not speed: the C library's functions, lane by lane.
 INLAY_INLINE GenericVec<double> exp(GenericVec<double> v) {
   return F64x2{__builtin_exp(v.raw[0]), __builtin_exp(v.raw[1])};
 }
+INLAY_INLINE GenericVec<double> exp_of_nonpositive(GenericVec<double> v) { return exp(v); }
 INLAY_INLINE GenericVec<double> log1p(GenericVec<double> v) {
   return F64x2{__builtin_log1p(v.raw[0]), __builtin_log1p(v.raw[1])};
+}
+
+INLAY_INLINE GenericVec<double> tanh(GenericVec<double> v) {
+  return F64x2{__builtin_tanh(v.raw[0]), __builtin_tanh(v.raw[1])};
 }
 
 }  // namespace

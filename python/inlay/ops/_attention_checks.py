@@ -20,7 +20,6 @@ def check_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    causal: bool,
     scale: float | None,
     window: tuple[int | None, int | None],
     softcap: float,
@@ -35,7 +34,7 @@ def check_attention(
     key_ranges: Tensor | None,
 ) -> None:
     _check_heads(q, k, v)
-    _check_options(causal, scale, window, softcap, dropout_p)
+    _check_options(scale, window, softcap, dropout_p)
     if sinks is not None:
         checks.given(_OP, "sinks", sinks)
         if sinks.shape != q.shape[2:3]:
@@ -64,8 +63,9 @@ def check_attention(
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    checks.supported(_OP, "q", q)
     for name, tensor, axes in (("q", q, "B, Sq, Hq, D"), ("k", k, "B, Sk, Hkv, D"), ("v", v, "B, Sk, Hkv, DV")):
-        checks.supported(_OP, name, tensor)
+        checks.given(_OP, name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{_OP}: {name} must have shape [{axes}], got {list(tensor.shape)}")
         width = tensor.shape[3]
@@ -74,8 +74,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{_OP}: {name} must have a multiple of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM} in its last"
                 f" dimension, got {width}"
             )
-        checks.dtype(_OP, name, tensor.dtype, (q.dtype,))
         checks.on_device(_OP, name, tensor, q, of="q")
+        checks.dtype(_OP, name, tensor.dtype, (q.dtype,))
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
             f"{_OP}: k must have shape [B, Sk, Hkv, D] with q's B and D {list(q.shape)}, got {list(k.shape)}"
@@ -85,15 +85,13 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"{_OP}: v must have shape [B, Sk, Hkv, DV] with k's B, Sk and Hkv {list(k.shape)}, got {list(v.shape)}"
         )
     heads, key_heads = q.shape[2], k.shape[2]
-    if (heads % key_heads if key_heads else heads) != 0:
+    if heads != key_heads and (heads == 0 or key_heads == 0 or heads % key_heads):
         raise ValueError(f"{_OP}: q must have a multiple of k's heads {key_heads}, got {heads}")
 
 
 def _check_options(
-    causal: bool, scale: float | None, window: tuple[int | None, int | None], softcap: float, dropout_p: float
+    scale: float | None, window: tuple[int | None, int | None], softcap: float, dropout_p: float
 ) -> None:
-    if not isinstance(causal, bool | torch.SymBool):
-        raise TypeError(f"{_OP}: causal must be a bool, got {type(causal).__name__}")
     for name, value in {"scale": scale, "softcap": softcap, "dropout_p": dropout_p}.items():
         if not (_is_number(value) or (name == "scale" and value is None)):
             raise TypeError(f"{_OP}: {name} must be a number, got {type(value).__name__}")
@@ -122,7 +120,7 @@ def _check_beside(q: Tensor, name: str, tensor: Tensor) -> None:
 
 def _check_scores(name: str, tensor: Tensor, q: Tensor, k: Tensor) -> None:
     full = [q.shape[0], q.shape[2], q.shape[1], k.shape[1]]
-    tail = full[4 - tensor.dim() :] if 0 < tensor.dim() <= 4 else None
+    tail = full[4 - tensor.dim() :] if tensor.dim() <= 4 else None
     if tail is None or any(size not in (1, whole) for size, whole in zip(tensor.shape, tail, strict=True)):
         raise ValueError(
             f"{_OP}: {name} must be broadcastable to {full} (B, Hq, Sq, Sk) by dimensions of 1, got"

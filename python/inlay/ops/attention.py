@@ -116,7 +116,7 @@ def attention(
         features = kernels.Features(needs_grad, mask is not None, bias is not None, dropout_p > 0)
         if not kernels.has_kernel(q, v, features):
             check_attention(
-                q, k, v, causal, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k,
+                q, k, v, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k,
                 kv_lengths, dropout_p, key_ranges,
             )  # fmt: skip
             return reference.attention(
@@ -127,13 +127,12 @@ def attention(
         left, right = window
         if causal:
             right = 0  # a window after the query's own key has at least that one
-        if cu_seqlens_k is None:
-            cu_seqlens_k = cu_seqlens_q
-        elif cu_seqlens_q is None:
+        if cu_seqlens_q is None and cu_seqlens_k is not None:
             raise ValueError("attention: cu_seqlens_q must be given with cu_seqlens_k, got None")
         arguments = (
             _dense(q), _dense(k), _dense(v), None if gate is None else _dense(gate), sinks, _four(bias), _four(mask),
-            cu_seqlens_q, cu_seqlens_k, kv_lengths, key_ranges, dropout_seed(q.device) if dropout_p > 0 else None,
+            cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, kv_lengths, key_ranges,
+            dropout_seed(q.device) if dropout_p > 0 else None,
             q.shape[3] ** -0.5 if scale is None else scale, _limit(left), _limit(right), softcap, dropout_p,
             _allows_tf32(q),
         )  # fmt: skip
@@ -148,7 +147,7 @@ def attention(
         return (y, lse) if return_lse else y
     except Exception:
         check_attention(
-            q, k, v, causal, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k, kv_lengths,
+            q, k, v, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k, kv_lengths,
             dropout_p, key_ranges,
         )  # fmt: skip
         raise

@@ -40,7 +40,7 @@ def attention(
         visible = visible & mask
 
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[2] // k.shape[2]
+    group = q.shape[2] // max(1, k.shape[2])
     # What lies behind the last key of a row may be anything, NaN too.
     there = None if kv_lengths is None else _below(kv_lengths, k.shape[1])[:, :, None, None]
     queries_, keys_, values = (x.transpose(1, 2).to(wide) for x in (q, _zero_unless(there, k), _zero_unless(there, v)))

@@ -1,0 +1,191 @@
+"""Queries that see nothing, scores that are infinite or NaN, and key ranges against the masks that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import inlay
+from inlay import reference
+from tests.attention.cases import LEAVES, Case, check_gradients, check_values, gradients, random_like
+from tests.support.compare import assert_same_bits
+from tests.support.devices import HALVES, each_dtype
+
+
+def check(case: Case, tensors: dict[str, torch.Tensor], **options: object) -> None:
+    check_values(case, tensors, **options)
+    check_gradients(case, tensors, random_like(case.run(inlay, tensors, **options)), **options)
+
+
+def assert_blind(case, tensors, rows, **options):
+    """Queries ``rows`` of all heads: zeros, minus infinity, and no gradient from or to them."""
+    y, lse = case.run(inlay, tensors, **options)
+    assert_same_bits(y[rows], torch.zeros_like(y[rows]), "y")
+    assert (lse.transpose(1, 2)[rows] == -torch.inf).all()
+    grads = gradients(case, inlay, tensors, random_like((y, lse)), **options)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert_same_bits(grads["q"][rows], torch.zeros_like(y[rows]), "dq")
+    assert y.isfinite().all()
+
+
+@each_dtype()
+def test_masked_rows(device, dtype):
+    case = Case(keys=70, features=("gate",))
+    tensors = case.inputs(dtype, device)
+    mask = torch.rand(2, 1, 70, 70, device=device) < 0.5
+    mask[0, 0, 10:60] = False
+    mask[1, 0, :, :] = False
+    mask[1, 0, 69] = True
+    rows = ~mask.any(-1)[:, 0]
+    assert_blind(case, {**tensors, "mask": mask}, rows)
+    bias = torch.zeros(mask.shape, device=device, dtype=dtype).masked_fill(~mask, -torch.inf)
+    assert_blind(case, {**tensors, "bias": bias}, rows)
+    y, _ = case.run(inlay, {**tensors, "mask": mask})
+    assert_same_bits(case.run(inlay, {**tensors, "bias": bias})[0], y, "as a mask or as a bias")
+
+
+@pytest.mark.parametrize("queries", [64, 192])
+def test_masked_rows_beside_very_negative_scores(queries, device):
+    """The case for which cuDNN's backward gives NaN: 64 rows more than whole tiles, and lse far below -88."""
+    case = Case(queries=queries, keys=queries, dim=64, value_dim=64, heads=2, key_heads=2)
+    tensors = case.inputs(torch.bfloat16, device)
+    bias = torch.full((2, 1, queries, queries), -3000.0, device=device).bfloat16()
+    bias[0, 0, : queries // 2] = -torch.inf
+    bias[1, 0, 5] = -torch.inf
+    blind = bias.isneginf().all(-1)[:, 0]
+    assert_blind(case, {**tensors, "bias": bias}, blind)
+    check(case, {**tensors, "bias": bias})
+    finite_minimum = torch.full_like(bias, torch.finfo(torch.bfloat16).min)  # as Hugging Face's eager masks have it
+    y, lse = case.run(inlay, {**tensors, "bias": finite_minimum})
+    grads = gradients(case, inlay, {**tensors, "bias": finite_minimum}, random_like((y, lse)))
+    assert y.isfinite().all()
+    assert lse.isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_causal_rows_above_the_first_key(device):
+    """More queries than keys: the first ones stand before every key."""
+    case = Case(queries=70, keys=20, features=("causal",))
+    tensors = case.inputs(torch.float32, device)
+    rows = torch.zeros(2, 70, dtype=torch.bool, device=device)
+    rows[:, :50] = True
+    assert_blind(case, tensors, rows)
+    check(case, tensors)
+
+
+def test_masked_rows_with_sinks(device):
+    """The denominator is then the sink's alone: its lse, and gradients to it through lse."""
+    case = Case(features=("sinks", "causal"), queries=70, keys=20)
+    tensors = case.inputs(torch.float32, device)
+    y, lse = case.run(inlay, tensors)
+    assert_same_bits(y[:, :50], torch.zeros_like(y[:, :50]), "y")
+    assert_same_bits(lse[:, :, :50], tensors["sinks"][:, None].expand(2, 4, 50), "lse")
+    check(case, tensors)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["bias", "q", "k"])
+def test_nan_and_infinity_reach_only_their_rows(name, value, device):
+    case = Case(features=("bias",), keys=70, options={"causal": True})
+    tensors = case.inputs(torch.float32, device)
+    if name == "bias":
+        tensors["bias"][0, :, 30, 7] = value
+        rows = [30]
+    elif name == "q":
+        tensors["q"][:, 30] = value
+        rows = [30]
+    else:
+        tensors["k"][:, 7] = value
+        rows = list(range(7, 70))
+    y, lse = case.run(inlay, tensors)
+    expected = case.run(reference, tensors)
+    for actual, wanted, axis in zip((y, lse), expected, (1, 2), strict=True):
+        bad, wanted_bad = ((~x.isfinite()).transpose(0, axis).flatten(1).any(1) for x in (actual, wanted))
+        assert torch.equal(bad, wanted_bad)
+        assert set(bad.nonzero()[:, 0].tolist()) <= set(rows)
+
+
+def test_hidden_nan_in_a_bias_is_not_looked_at(device):
+    case = Case(features=("bias",), keys=70, options={"causal": True})
+    tensors = case.inputs(torch.float32, device)
+    expected = case.run(inlay, tensors)
+    above = torch.ones(70, 70, dtype=torch.bool, device=device).triu(1)
+    tensors["bias"] = tensors["bias"].masked_fill(above, torch.nan)
+    for actual, wanted in zip(case.run(inlay, tensors), expected, strict=True):
+        assert_same_bits(actual, wanted, "above the diagonal")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_window_is_its_mask(dtype, device):
+    for left, right in ((0, 0), (5, None), (None, 5), (20, 40), (1000, 0), (0, 1000)):
+        case = Case(queries=150, keys=170)
+        tensors = case.inputs(dtype, device)
+        at = torch.arange(150, device=device)[:, None] + 20
+        key = torch.arange(170, device=device)
+        mask = (key >= at - (1000 if left is None else left)) & (key <= at + (1000 if right is None else right))
+        expected = case.run(inlay, {**tensors, "mask": mask})
+        for actual, wanted in zip(case.run(inlay, tensors, window=(left, right)), expected, strict=True):
+            assert_same_bits(actual, wanted, f"window {left}, {right}")
+
+
+SIZES = [(64, 64), (64, 100), (30, 64)]
+
+
+def image_blocks(queries):
+    blocks = torch.zeros(2, queries, dtype=torch.int64)
+    blocks[0, 3:17], blocks[0, 17:29], blocks[1, 10:] = 1, 2, 5
+    return blocks
+
+
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+def test_ranges_of_image_blocks(queries, keys, device):
+    """Gemma 3: causal and a window, and tokens of one image see each other."""
+    blocks = image_blocks(queries).to(device)
+    at, key = torch.arange(queries, device=device) + keys - queries, torch.arange(keys, device=device)
+    causal = (key <= at[:, None]) & (key >= at[:, None] - 9)
+    same = torch.zeros(2, queries, keys, dtype=torch.bool, device=device)
+    same[:, :, keys - queries :] = (blocks[:, :, None] == blocks[:, None]) & (blocks[:, :, None] > 0)
+    _compare(inlay.key_ranges(queries, keys, window=(9, None), blocks=blocks), causal | same, queries, keys, device)
+
+
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+def test_ranges_of_prefixes_and_padding(queries, keys, device):
+    """PaliGemma: a prefix that everyone sees; and rows that start later."""
+    prefix, starts = torch.tensor([25, 0], device=device), torch.tensor([0, 11], device=device)
+    at, key = torch.arange(queries, device=device) + keys - queries, torch.arange(keys, device=device)
+    mask = (key <= at[:, None]) | (key < prefix[:, None, None])
+    mask = mask & (key >= starts[:, None, None])
+    _compare(inlay.key_ranges(queries, keys, prefix_lengths=prefix, starts=starts), mask, queries, keys, device)
+
+
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+def test_ranges_of_chunks(queries, keys, device):
+    """Llama 4: causal within chunks, which padding shifts."""
+    starts = torch.tensor([0, 5], device=device)
+    at, key = torch.arange(queries, device=device) + keys - queries, torch.arange(keys, device=device)
+    first = starts[:, None, None]
+    mask = (key <= at[:, None]) & ((key - first).div(16, rounding_mode="floor") == (
+        (at[:, None] - first).div(16, rounding_mode="floor")
+    )) & (key >= first)  # fmt: skip
+    _compare(inlay.key_ranges(queries, keys, chunk_size=16, starts=starts), mask, queries, keys, device)
+
+
+def test_ranges_beyond_the_keys_are_held_within(device):
+    case = Case()
+    tensors = case.inputs(torch.float32, device)
+    far = torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32, device=device).expand(1, 70, 2)
+    for actual, wanted in zip(case.run(inlay, {**tensors, "key_ranges": far}), case.run(inlay, tensors), strict=True):
+        assert_same_bits(actual, wanted, "everything")
+
+
+def _compare(ranges, mask, queries, keys, device):
+    key = torch.arange(keys, device=device)
+    shown = (key >= ranges[..., :1]) & (key < ranges[..., 1:])
+    assert torch.equal(shown, mask.expand_as(shown))
+    case = Case(queries=queries, keys=keys)
+    tensors = case.inputs(torch.bfloat16, device)
+    by_mask, by_ranges = {**tensors, "mask": mask[:, None]}, {**tensors, "key_ranges": ranges}
+    for actual, wanted in zip(case.run(inlay, by_ranges), case.run(inlay, by_mask), strict=True):
+        assert_same_bits(actual, wanted, "ranges or a mask")
+    check_gradients(case, by_ranges, random_like(case.run(inlay, tensors)))
+    assert {"q", "k", "v"} <= set(LEAVES)
