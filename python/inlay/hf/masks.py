@@ -44,21 +44,22 @@ def inlay_mask(
     from transformers import masking_utils
 
     function = masking_utils.causal_mask_function if mask_function is None else mask_function
-    traced = _is_traced(torch.device(device), attention_mask)
-    pattern = _traced_pattern(function, masking_utils) if traced else mask_patterns.read(function)
-    if pattern is not None and not (traced and attention_mask is not None):
+    compiling = torch.compiler.is_compiling()
+    pattern = _traced_pattern(function, masking_utils) if compiling else mask_patterns.read(function)
+    can_look = not compiling and _can_look(torch.device(device), attention_mask)
+    if pattern is not None and (attention_mask is None or can_look):
         may_skip = allow_is_causal_skip if pattern.is_causal else allow_is_bidirectional_skip
         # A caller who asks for no skip wants to combine the mask with another. So does transformers, for its own
         # reasons: custom functions, packed sequences, blocks, and decoding with a static cache.
         for_transformers = use_vmap or _NEVER_SKIPPED.intersection(pattern.kinds())
         if may_skip or for_transformers or (q_length == 1 and isinstance(q_offset, Tensor)):
             there = None if attention_mask is None else _keys_there(attention_mask.to(device), kv_length, kv_offset)
-            if there is not None and _look(there.all()):
+            if there is not None and bool(there.all()):
                 there = None
             if there is None and may_skip and _is_plain(pattern, q_length, kv_length, q_offset, kv_offset):
                 return None
             queries = torch.arange(q_length, device=device)[None] + q_offset
-            ranges = _ranges(pattern, batch_size, queries, kv_length, kv_offset, attention_mask, there)
+            ranges = _ranges(pattern, batch_size, queries, kv_length, kv_offset, attention_mask, there, can_look)
             if ranges is not None:
                 return ranges
     return masking_utils.sdpa_mask(
@@ -97,14 +98,13 @@ def _traced_pattern(function: Any, masking_utils: Any) -> Pattern | None:
     return None
 
 
-def _is_traced(device: torch.device, attention_mask: Tensor | None) -> bool:
-    """Whether values cannot be looked at."""
+def _can_look(device: torch.device, attention_mask: Tensor | None) -> bool:
+    """Whether there are values to be looked at."""
     return (
-        torch.compiler.is_compiling()
-        or device.type == "meta"
-        or not (attention_mask is None or is_plain(attention_mask))
-        or transform_reason() is not None
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        device.type != "meta"
+        and (attention_mask is None or is_plain(attention_mask))
+        and transform_reason() is None
+        and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )
 
 
@@ -138,8 +138,9 @@ def _ranges(
     kv_offset: Any,
     attention_mask: Tensor | None,
     there: Tensor | None,
+    can_look: bool,
 ) -> Tensor | None:
-    """[B, 1, Sq, 2], or None if some query's keys do not lie side by side."""
+    """[B, 1, Sq, 2], or None if some query's keys do not lie side by side, or nobody can tell."""
     values = Values(None if attention_mask is None else attention_mask.to(queries.device).bool())
     span = pattern.span(queries, values).moved(-kv_offset)
     if there is not None:
@@ -149,14 +150,10 @@ def _ranges(
         end = torch.where(count > 0, end, begin)
         values.conditions.append((end - begin == count).all())
         span = span & Span(begin, end)
-    if values.conditions and not _look(torch.stack(values.conditions).all()):
+    if values.conditions and not (can_look and torch.stack(values.conditions).all()):
         return None
     begin = queries.new_zeros(()) if span.begin is None else span.begin
     end = queries.new_full((), kv_length) if span.end is None else span.end
     shape = (batch_size, queries.shape[1])
     ranges = torch.stack([bound.clamp(0, kv_length).broadcast_to(shape) for bound in (begin, end)], -1)
     return ranges.to(torch.int32)[:, None]
-
-
-def _look(condition: Tensor) -> bool:
-    return bool(condition)
