@@ -9,7 +9,6 @@ attention_mask what :mod:`inlay.hf.masks` makes, or one of four dimensions, bool
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections import Counter
@@ -30,9 +29,12 @@ from inlay.ops.attention import attention
 
 NAME = "inlay"
 
-# What the functions below know of the keywords that modules hand over. Those that no eager function of a model knows
-# either, and those that are only for flash attention's kernels, do not change what is computed.
-_SERVED = {"sliding_window", "softcap", "s_aux", "is_causal", "position_bias"}
+# The parameters of models' eager attention functions that the op serves; what a window hides is in the mask. Keywords
+# that a model's eager function does not know either are for other implementations, and change nothing.
+_KNOWN = {
+    *("module", "query", "key", "value", "attention_mask", "scaling", "dropout"),
+    *("sliding_window", "softcap", "s_aux", "is_causal", "position_bias"),
+}
 
 
 @dataclass(eq=False)
@@ -127,8 +129,7 @@ def why_not(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> str | 
         return "a paged cache"
     if wants_weights(kwargs):
         return "attention weights are asked for"
-    eager = eager_function(module)
-    for name in _parameters(eager) - _SERVED if eager is not None else ():
+    for name in _eager_of(module).more:
         if kwargs.get(name) is not None:
             return f"its eager attention takes {name}"
     return _tensor_reason(inputs) or transform_reason() or _mask_reason(inputs) or _kernel_reason(inputs)
@@ -171,10 +172,12 @@ def fall_back(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> tupl
     query, key, value, mask = inputs[:4]
     if mask is not None and mask.dim() == 4 and masks.is_ranges(mask):
         mask = masks.visible(mask, key.shape[2])
-    eager = eager_function(module)
+    eager = _eager_of(module)
     function, arguments = ALL_ATTENTION_FUNCTIONS["sdpa"], dict(kwargs)
-    if eager is not None and _needs_eager(eager, kwargs):
-        function = eager
+    ignored = ("softcap", "s_aux", *eager.more)  # by sdpa, or refused
+    wants_eager = wants_weights(kwargs) or any(kwargs.get(name) is not None for name in ignored)
+    if wants_eager and eager.function is not None:
+        function = eager.function
         if mask is None and inputs.is_causal:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
         if mask is not None and mask.dtype == torch.bool:
@@ -199,33 +202,34 @@ def _records_weights() -> bool:
     return recorded is not None and any("attentions" in key for key in recorded)
 
 
-def eager_function(module: nn.Module) -> Callable[..., Any] | None:
-    """The eager attention in the Python module that defines the module's class, or one that it is derived from."""
-    cls: Any = type(module)
-    return _eager_function(cls)
+class _Eager(NamedTuple):
+    """A model's own attention function, and what it takes by name that the op does not know."""
+
+    function: Callable[..., Any] | None
+    more: tuple[str, ...] = ()
 
 
-@functools.cache
-def _eager_function(cls: Any) -> Callable[..., Any] | None:
+_eager: dict[type[nn.Module], _Eager] = {}
+
+
+def _eager_of(module: nn.Module) -> _Eager:
+    found = _eager.get(type(module))
+    if found is None:
+        found = _find_eager(type(module))
+        if not torch.compiler.is_compiling():
+            _eager[type(module)] = found
+    return found
+
+
+def _find_eager(cls: type[nn.Module]) -> _Eager:
+    """That in the Python module which defines the class, or one of those it is derived from."""
     for base in cls.__mro__:
         function = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
         if function is not None:
-            return function
-    return None
-
-
-@functools.cache
-def _parameters(eager: Callable[..., Any]) -> frozenset[str]:
-    """What an eager function takes by name, beyond what all do."""
-    common = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout"}
-    parameters = inspect.signature(eager).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)) - common
-
-
-def _needs_eager(eager: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Whether sdpa would ignore something, or refuse it."""
-    ignored = {"softcap", "s_aux", *(_parameters(eager) - _SERVED)}
-    return wants_weights(kwargs) or any(kwargs.get(name) is not None for name in ignored)
+            parameters = inspect.signature(function).parameters.values()
+            named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+            return _Eager(function, tuple(name for name in named if name not in _KNOWN))
+    return _Eager(None)
 
 
 def _tensor_reason(inputs: Inputs) -> str | None:

@@ -189,6 +189,8 @@ def _keywords(twin: Any, forward: Any, recorder: _Recorder) -> frozenset[str] | 
         mask = torch.zeros(2, 1, 5, 5, device="cpu")
         arguments = _arguments(twin, 5, _angles(twin, forward), mask)
         forward(twin, **arguments, own=own)
+        if not recorder.calls:
+            return "its forward does not itself call an attention function of transformers"
         (_, _, _, given_mask, *rest), keywords = recorder.calls[-1]
         keywords = dict(keywords)
         dropout = keywords.pop("dropout", None)
