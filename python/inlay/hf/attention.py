@@ -88,7 +88,15 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """For transformers' ``AttentionInterface``. Returns the result [B, Sq, H, DV], contiguous, and weights or None."""
+    """For transformers' ``AttentionInterface``. Returns the result [B, Sq, H, DV], contiguous, and weights or None.
+
+    Raises:
+        ValueError: for a paged cache: its sequences are told apart by a mask that is only made for other names.
+    """
+    if kwargs.get("cache") is not None:
+        raise ValueError(
+            'attn_implementation="inlay": cache must be None, got a paged one; continuous batching needs "sdpa"'
+        )
     inputs = inputs_of(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     reason = why_not(module, inputs, kwargs)
     _count(module, query.device, reason)
@@ -125,8 +133,6 @@ def inputs_of(
 
 def why_not(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> str | None:
     """Why the op cannot compute this call, or None."""
-    if kwargs.get("cache") is not None:
-        return "a paged cache"
     if wants_weights(kwargs):
         return "attention weights are asked for"
     for name in _eager_of(module).more:
@@ -314,10 +320,7 @@ def _count(module: nn.Module, device: torch.device, reason: str | None) -> None:
         return
     binding = binding_of(module)
     if binding is not None and binding.plan.op == "attention_layer":
-        # The layer's own code called this, and why it did has been counted.
-        if reason is not None:
-            binding.count_fallback(reason)
-        return
+        return  # the layer's own code called this, and why it did has been counted
     counters = _counters.get(module)
     if counters is None:
         counters = _counters[module] = Counters()

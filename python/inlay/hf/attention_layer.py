@@ -23,6 +23,7 @@ from inlay.hf import attention, attention_config, norms
 from inlay.hf.attention_recognise import KEYWORDS, AttentionSpec, Rotation, recognise
 from inlay.hf.binding import Plan, binding_of
 from inlay.hf.recognise import NormSpec, Setting
+from inlay.ops import _checks as checks
 from inlay.ops.rope import qk_norm_rope
 
 OPS = ("attention_layer",)
@@ -195,7 +196,7 @@ def _angle_reason(layer: Any, spec: AttentionSpec, x: Tensor, cos: Tensor, sin: 
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast and x.dtype != torch.float64 else x.dtype
     if dtype not in rotation.rounding or cos.dtype not in ((dtype, torch.float32) if autocast else (dtype,)):
-        return f"no op rounds as it does for {dtype} and position embeddings of {cos.dtype}"
+        return f"no op rounds as it does for {checks.names((dtype,))} rotated by {checks.names((cos.dtype,))}"
     if cos.requires_grad or sin.requires_grad:
         return "the position embeddings require gradients"
     return None

@@ -186,7 +186,7 @@ def _keywords(twin: Any, forward: Any, recorder: _Recorder) -> frozenset[str] | 
     for training in (False, True):
         twin.train(training)
         own = object()
-        mask = torch.zeros(2, 1, 5, 5, device="cpu")
+        mask = torch.zeros(2, 1, 5, 5, dtype=torch.float32, device="cpu")
         arguments = _arguments(twin, 5, _angles(twin, forward), mask)
         forward(twin, **arguments, own=own)
         if not recorder.calls:
@@ -339,12 +339,13 @@ def _calls(twin: Any, width: int) -> Iterator[dict[str, Any]]:
     from transformers.cache_utils import DynamicCache
 
     hidden = torch.finfo(torch.float32).min
-    mask = torch.full((2, 1, 20, 20), hidden, device="cpu").triu(1)
+    mask = torch.full((2, 1, 20, 20), hidden, dtype=torch.float32, device="cpu").triu(1)
     mask[1, :, 3:, :3] = hidden
     yield _arguments(twin, 20, width, mask)
     cache = DynamicCache()
     for before, tokens in ((0, 6), (6, 1), (7, 4)):
-        mask = torch.full((tokens, before + tokens), hidden, device="cpu").triu(before + 1)[None, None]
+        mask = torch.full((tokens, before + tokens), hidden, dtype=torch.float32, device="cpu")
+        mask = mask.triu(before + 1)[None, None]
         yield {**_arguments(twin, tokens, width, mask if tokens > 1 else None), "past_key_values": cache}
 
 
