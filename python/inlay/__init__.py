@@ -3,6 +3,7 @@
 from inlay._info import Info, info
 from inlay.hf.kernels import register_kernels
 from inlay.hf.patch import patch, patched, report, unpatch
+from inlay.hf.registry import register_when_imported as _register_when_imported
 from inlay.ops._key_ranges import key_ranges
 from inlay.ops.attention import attention
 from inlay.ops.conv import causal_conv1d, causal_conv1d_step
@@ -33,3 +34,5 @@ __all__ = [
     "rms_norm",
     "unpatch",
 ]
+
+_register_when_imported()

@@ -29,8 +29,8 @@ def assert_same_values(actual: Tensor, expected: Tensor, what: str, computed_in:
     """
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
     eps = torch.finfo(computed_in or actual.dtype).eps
-    # On CUDA the products inside of ops round their operands too.
-    factor = 48 if eps < 1e-4 else 1 if actual.is_cuda else 0.5
+    # In 16 bits attention rounds where the model's own does not, and the other way round.
+    factor = 48 if eps < 1e-4 else 1.2
     want, error = expected.double(), (actual.double() - expected.double()).abs()
     assert error.norm() <= factor * eps * want.norm(), f"{what}: {error.norm() / want.norm():.2e}"
     assert error.max() <= (2 if eps > 1e-4 else 96) * eps * want.abs().max(), (

@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised models of every family whose norms are patched, and what patching must find in them."""
+"""Tiny, randomly initialised models of every family that is patched, and what patching must find in them."""
 
 from __future__ import annotations
 
@@ -34,27 +34,35 @@ _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # Family: (config class, its extra arguments, modules patched by op).
 LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
-    "llama": ("LlamaConfig", {}, {"rms_norm": 5, "add_rms_norm": 2}),
-    "mistral": ("MistralConfig", {}, {"rms_norm": 5, "add_rms_norm": 2}),
-    "qwen2": ("Qwen2Config", {}, {"rms_norm": 5, "add_rms_norm": 2}),
-    "qwen3": ("Qwen3Config", {}, {"rms_norm": 9, "add_rms_norm": 2}),
-    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS, {"rms_norm": 9, "add_rms_norm": 2}),
+    "llama": ("LlamaConfig", {}, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
+    "mistral": ("MistralConfig", {}, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
+    "qwen2": ("Qwen2Config", {}, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
+    "qwen3": ("Qwen3Config", {}, {"rms_norm": 9, "add_rms_norm": 2, "attention_layer": 2}),
+    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS, {"rms_norm": 9, "add_rms_norm": 2, "attention_layer": 2}),
     "qwen3_next": (
         "Qwen3NextConfig",
         {**_GDN, **_EXPERTS, **_SHARED},
-        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3},
+        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3, "attention_layer": 1},
     ),
-    "qwen3_5": ("Qwen3_5TextConfig", _GDN, {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3}),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        _GDN,
+        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3, "attention_layer": 1},
+    ),
     "qwen3_5_moe": (
         "Qwen3_5MoeTextConfig",
         {**_GDN, **_EXPERTS, **_SHARED},
-        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3},
+        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3, "attention_layer": 1},
     ),
-    "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16}, {"rms_norm": 9, "add_rms_norm": 2}),
-    "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 16}, {"rms_norm": 13, "add_rms_norm": 2}),
-    "mixtral": ("MixtralConfig", _LOCAL, {"rms_norm": 5, "add_rms_norm": 2}),
+    "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16}, {"rms_norm": 9, "add_rms_norm": 2, "attention_layer": 2}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"query_pre_attn_scalar": 16},
+        {"rms_norm": 13, "add_rms_norm": 2, "attention_layer": 2},
+    ),
+    "mixtral": ("MixtralConfig", _LOCAL, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
     "olmoe": ("OlmoeConfig", _EXPERTS, {"rms_norm": 9, "add_rms_norm": 2}),
-    "gpt_oss": ("GptOssConfig", _LOCAL, {"rms_norm": 5, "add_rms_norm": 2}),
+    "gpt_oss": ("GptOssConfig", _LOCAL, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
 }
 
 

@@ -17,10 +17,11 @@ families = pytest.mark.parametrize("family", LANGUAGE_MODELS)
 
 
 @families
-def test_finds_every_norm_and_residual_add(family: str) -> None:
+def test_finds_every_module(family: str) -> None:
     report = inlay.patch(language_model(family))
     assert Counter(entry.op for entry in report.patched) == LANGUAGE_MODELS[family][2]
-    assert not report.unpatched
+    left = {entry.cls for entry in report.unpatched}
+    assert left == ({"OlmoeAttention"} if family == "olmoe" else set())  # whose norms are over all heads at once
 
 
 @families
@@ -63,8 +64,9 @@ def test_logits_and_hidden_states(family: str, device: str, dtype: torch.dtype) 
         assert_same_values(ours, theirs, "router logits")
     assert report.calls == 0
     idle = [entry.path for entry in inlay.report(model).entries if not entry.calls]
-    # The norm after the residual add runs within its layer's op.
-    assert all(path.endswith(("post_attention_layernorm", "pre_feedforward_layernorm")) for path in idle)
+    # The norm after the residual add runs within its layer's op, those of queries and keys within the rotation's.
+    within = ("post_attention_layernorm", "pre_feedforward_layernorm", "q_norm", "k_norm")
+    assert all(path.endswith(within) or path in {entry.path for entry in report.unpatched} for path in idle)
 
 
 @families
@@ -97,7 +99,7 @@ def test_greedy_tokens(family: str, device: str, dtype: torch.dtype) -> None:
     for row, (ours, theirs) in enumerate(zip(actual.sequences, expected.sequences, strict=True)):
         parted = (ours != theirs).nonzero().flatten().tolist()
         if parted:  # where rounding decides
-            assert device == "cuda"
+            assert device == "cuda" or dtype != torch.float32
             scores = expected.scores[parted[0] - ids.shape[1]][row].float()
             gap = scores[theirs[parted[0]]] - scores[ours[parted[0]]]
             assert gap <= 4 * torch.finfo(dtype).eps * scores.abs().max()

@@ -216,12 +216,12 @@ def test_diffusers_hooks(patch_first: bool) -> None:
 
 
 _HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-_NORMS = {"norm", "add_norm"}
+_DENSE = {"norm", "add_norm", "qk_norm_rope", "attention"}
 
 
 @pytest.mark.parametrize(
     ("family", "options", "expected_ops"),
-    [("qwen3", {}, _NORMS), ("qwen3_5", _HYBRID, {*_NORMS, "causal_conv1d", "gdn_gates", "gated_delta_rule"})],
+    [("qwen3", {}, _DENSE), ("qwen3_5", _HYBRID, {*_DENSE, "causal_conv1d", "gdn_gates", "gated_delta_rule"})],
 )
 def test_compile(family: str, options: dict[str, Any], expected_ops: set[str], device: str) -> None:
     """The whole model is one graph, with our ops in it; unpatching recompiles it."""

@@ -29,11 +29,14 @@ class Plan:
         op: name of the op, as in ``patch(ops=...)``.
         forward: ``forward(module, *args, **kwargs)``. Its ``__name__`` must be "forward", see :class:`Binding`.
         spec: what ``forward`` needs to know. Immutable: modules and copies of models share it.
+        bound, unbound: called with the module once it is patched, and once it no longer is.
     """
 
     op: str
     forward: Callable[..., Any]
     spec: Any
+    bound: Callable[[nn.Module], None] | None = None
+    unbound: Callable[[nn.Module], None] | None = None
 
 
 @dataclass(eq=False)
@@ -89,6 +92,8 @@ def bind(module: nn.Module, plan: Plan, path: str, strict: bool) -> None:
     binding = Binding(plan, path, strict, had_instance_forward=name in vars(holder))
     vars(holder)[name] = MethodType(plan.forward, module)
     vars(module).update({_REPLICATE: MethodType(_replicate_for_data_parallel, module), BINDING: binding})
+    if plan.bound is not None:
+        plan.bound(module)
 
 
 def unbind(module: nn.Module) -> None:
@@ -106,6 +111,8 @@ def unbind(module: nn.Module) -> None:
             del vars(module)["forward"]
         else:
             vars(holder)[name] = MethodType(type(module).forward, module)
+    if binding.plan.unbound is not None:
+        binding.plan.unbound(module)
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[Any, str]]:

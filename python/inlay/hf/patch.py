@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from inlay.hf import gdn, norms, residual
+from inlay.hf import attention, attention_layer, gdn, norms, residual
 from inlay.hf.binding import Plan, bind, binding_of, foreign_forward, unbind
 from inlay.hf.report import Entry, Report
 
-PATCHERS = (norms, residual, gdn)
+PATCHERS = (norms, residual, gdn, attention_layer)
 OPS = tuple(op for patcher in PATCHERS for op in patcher.OPS)
 
 
@@ -31,7 +31,7 @@ def patch(model: Any, ops: Iterable[str] | None = None, strict: bool = False) ->
     Args:
         model: a ``torch.nn.Module``, or a diffusers pipeline, whose modules are patched.
         ops: names of the ops to set in ("rms_norm", "gated_rms_norm", "layer_norm", "add_rms_norm",
-            "gdn_layer"); None means all.
+            "gdn_layer", "attention_layer"); None means all.
         strict: raise ``RuntimeError`` where a patched module would fall back to its own code.
 
     Returns:
@@ -82,6 +82,10 @@ def report(model: Any) -> Report:
         binding = binding_of(module)
         if binding is not None:
             entries.append(Entry.patched(path, module, binding))
+            continue
+        counters = attention.counters_of(module)
+        if counters is not None:
+            entries.append(Entry.registered(path, module, counters.calls, counters.fallbacks))
             continue
         plan = _plan(module, frozenset(OPS))
         if plan is not None:

@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from inlay.hf.binding import Binding, Plan
+
+# The op of modules that are not patched, but whose model was told attn_implementation="inlay".
+REGISTRY_OP = "attention"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,12 @@ class Entry:
             sum(binding.calls.values()),
             dict(binding.fallbacks),
         )
+
+    @classmethod
+    def registered(cls, path: str, module: nn.Module, calls: Counter[torch.device], fallbacks: Counter[str]) -> Entry:
+        """A module that has called the attention function in transformers' registry."""
+        devices = sorted({device.type for device in calls})
+        return cls(path, type(module).__name__, REGISTRY_OP, "+".join(devices), calls.total(), dict(fallbacks))
 
     @classmethod
     def unpatched(cls, path: str, module: nn.Module, plan: Plan | str) -> Entry:

@@ -37,20 +37,26 @@ def rewrite(function: Callable, edit: Edit, helpers: dict[str, Callable]) -> Cal
     return _rewrapped(function, wrapped, inner) if callable(inner) else inner
 
 
-def with_eager_functions(function: Callable) -> Callable | str:
+def with_eager_functions(function: Callable, replaced: dict[str, Any] | None = None) -> Callable | str:
     """``function``, calling undecorated versions of the decorated functions that it calls; or why that cannot be made.
 
     transformers puts wrappers around functions that call another package's kernels where that package is installed.
+
+    Args:
+        function: a method, possibly decorated.
+        replaced: globals that it is to find instead of its own.
     """
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is not None:
-        inner = with_eager_functions(wrapped)
+        inner = with_eager_functions(wrapped, replaced)
         return _rewrapped(function, wrapped, inner) if callable(inner) else inner
     if not isinstance(function, FunctionType):
         return f"its forward is a {type(function).__name__}, not a Python function"
     names = {*function.__code__.co_names} & function.__globals__.keys()
     eager = {name: _eager(value) for name in names if callable(value := function.__globals__[name])}
-    return _like(function, function.__code__, function.__closure__, {**function.__globals__, **eager})
+    return _like(
+        function, function.__code__, function.__closure__, {**function.__globals__, **eager, **(replaced or {})}
+    )
 
 
 def _eager(function: Callable) -> Callable:
