@@ -66,6 +66,7 @@ class Backward {
   // `finished`: how many blocks of keys have added their part to the tile's dQ.
   void visit(const RowTile& tile, const TileKeys& seen, const KeyTask& task, int32_t* finished) {
     tiles_.load_rows(tile, seen.all);
+    const M dq = tiles_.dq = tiles_.rows_of(scratch_.dq, tile, inputs_.head_dim);
     const int64_t strip = tiles_.strip_rows(tile);
     const int64_t dim = round_up(inputs_.head_dim, Vec::lanes), value_dim = round_up(inputs_.value_dim, Vec::lanes);
     each_strip(tile, strip, [&](int64_t first, int64_t rows, const Columns& columns) {
@@ -78,7 +79,6 @@ class Backward {
     });
     const auto earlier = static_cast<int32_t>(task.block - seen.any.begin / backward_block(inputs_));
     while (__atomic_load_n(finished, __ATOMIC_ACQUIRE) != earlier) sched_yield();
-    const M dq = tiles_.rows_of(scratch_.dq, tile, inputs_.head_dim);
     if (earlier == 0) {
       for (int64_t i = 0; i < tile.rows(); ++i) fill_zero(dq.row(i), dim);
     }

@@ -101,6 +101,7 @@ class Gradients {
                    from_column(from_row(dscores, first), columns.begin)});
     const bool capped = inputs_.softcap > 0 && !before_softcap;
     for (int64_t row = first; row < last; ++row) {
+      fetch_ahead(row, tile.rows());
       Scalar* p = probabilities.row(row);
       Scalar* ds = dscores.row(row);
       const KeyRange range = whole_ ? KeyRange{key_, key_ + count_} : ranges_[row / tile.heads];
@@ -123,10 +124,22 @@ class Gradients {
   M dout{nullptr, 0};  // [rows, DV], of o
   M probabilities;
   M dscores;
+  M dq{nullptr, 0};  // of the tile, or null: not wanted
 
  private:
   static constexpr int64_t kRangeElements = sizeof(KeyRange) / sizeof(Scalar);
   static constexpr int64_t kStrip = 24;  // a multiple of every tier's rows of a product's tile
+
+  // What is needed next, while there is other work: the row of dq, and those of the next tile. Harmless beyond the
+  // last.
+  INLAY_INLINE void fetch_ahead(int64_t row, int64_t rows) const {
+    constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(Scalar));
+    for (int64_t j = 0; j < inputs_.head_dim; j += line) {
+      if (dq.data) __builtin_prefetch(dq.row(row) + j, 1, 2);
+      __builtin_prefetch(q.row(row + rows) + j, 0, 2);
+    }
+    for (int64_t j = 0; j < inputs_.value_dim; j += line) __builtin_prefetch(dout.row(row + rows) + j, 0, 2);
+  }
 
   template <bool dropout>
   INLAY_INLINE void gradient_row(int64_t row, const Columns& columns, Scalar* p, Scalar* ds) const {
