@@ -112,9 +112,9 @@ struct Inputs {
 
 struct ForwardParams {
   Inputs inputs;
-  OutputTensor y;    // [B, Sq, Hq, DV] T: o, times sigmoid(gate) where there is a gate
-  OutputTensor o;    // [B, Sq, Hq, DV] T: before the gate, or not wanted
-  OutputTensor lse;  // [B, Hq, Sq] wide, or not wanted
+  OutputTensor y;           // [B, Sq, Hq, DV] T: o, times sigmoid(gate) where there is a gate
+  OutputTensor o;           // [B, Sq, Hq, DV] T: before the gate, or not wanted
+  OutputTensor lse;         // [B, Hq, Sq] wide, or not wanted
   void* scratch = nullptr;  // scratch_bytes(), aligned to 256 bytes
 };
 

@@ -256,37 +256,50 @@ __device__ __forceinline__ void store_rows(void* data, const Inputs& in, const R
   }
 }
 
+// 16 bytes of global memory where `wanted`, else zeros; without a branch, so that many loads are under way at once.
+__device__ __forceinline__ void load_piece(uint32_t (&words)[4], const void* from, bool wanted) {
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.b32 wanted, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+      "@wanted ld.global.v4.b32 {%0,%1,%2,%3}, [%4]; }"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+      : "l"(from), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 // o times multiplier becomes y before its rounding.
 template <typename T, int kTiles>
 __device__ __forceinline__ void apply_gate(const Inputs& in, const TileInfo& info, const ResultPlace& place,
                                            Accumulator (&o)[kTiles]) {
-  const int part = threadIdx.x % 4;
+  constexpr int kPieces = (kTiles + 3) / 4;
+  const int own_column = threadIdx.x % 4 * 8;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const T* const row = static_cast<const T*>(in.gate.data) + in.gate.offset(info.batch, place.row[r], info.head);
-    const bool aligned = (reinterpret_cast<uintptr_t>(row) & 15) == 0;
+    const T* const row =
+        static_cast<const T*>(in.gate.data) + in.gate.offset(info.batch, place.row[r], info.head) + own_column;
+    const int columns = place.there[r] ? static_cast<int>(in.value_dim) - own_column : 0;
+    uint32_t words[kPieces][4];
+    if ((reinterpret_cast<uintptr_t>(row) & 15) == 0) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; tile += 4) {
-      uint32_t words[4] = {};
-      const int column = (tile + part) * 8;
-      if (place.there[r] && column < in.value_dim) {
-        Packed<T, 8> piece;
-        if (aligned) {
-          piece = load<T, 8>(row + column);
-        } else {
+      for (int i = 0; i < kPieces; ++i) load_piece(words[i], row + i * 32, i * 32 < columns);
+    } else {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) piece.values[i] = row[column + i];
+      for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+          words[i][j / 2] =
+              i * 32 < columns ? pack_pair<T>(to_float(row[i * 32 + j]), to_float(row[i * 32 + j + 1])) : 0;
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(&piece)[i];
       }
-      exchange_words(words);
+    }
 #pragma unroll
-      for (int i = 0; i < 4 && tile + i < kTiles; ++i) {
+    for (int i = 0; i < kPieces; ++i) {
+      exchange_words(words[i]);
+#pragma unroll
+      for (int j = 0; j < 4 && i * 4 + j < kTiles; ++j) {
         float low, high;
-        unpack_pair<T>(words[i], low, high);
-        o[tile + i][2 * r] *= sigmoid<T>(low);
-        o[tile + i][2 * r + 1] *= sigmoid<T>(high);
+        unpack_pair<T>(words[i][j], low, high);
+        o[i * 4 + j][2 * r] *= sigmoid<T>(low);
+        o[i * 4 + j][2 * r + 1] *= sigmoid<T>(high);
       }
     }
   }
