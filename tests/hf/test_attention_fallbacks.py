@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import inlay
 from inlay.hf import attention, masks
@@ -141,6 +141,23 @@ def test_an_argument_of_the_models_own_eager_code() -> None:
     assert counters is not None
     assert counters.fallbacks == {"its eager attention takes head_mask": 1}
     assert counters.calls.total() == 1
+
+
+def test_a_model_without_eager_code() -> None:
+    """Where sdpa would ignore the sinks, the op's reference computes, which takes heads of any width."""
+    layer = nn.Module()
+    sinks = torch.randn(HEADS)
+    arguments = inputs(width=12, attention_mask=ranges(2))
+    actual, _ = attention.attention_forward(layer, **arguments, s_aux=sinks, softcap=2.0)
+    scores = arguments["query"] @ arguments["key"].repeat_interleave(2, 1).mT * arguments["scaling"]
+    hidden = ~masks.visible(arguments["attention_mask"], QUERIES)
+    scores = (2.0 * torch.tanh(scores / 2.0)).masked_fill(hidden, -torch.inf)
+    weights = torch.cat([scores, sinks[:, None, None].expand(2, HEADS, QUERIES, 1)], -1).softmax(-1)[..., :-1]
+    expected = (weights @ arguments["value"].repeat_interleave(2, 1)).transpose(1, 2)
+    assert_same_values(actual, expected, "result")
+    counters = attention.counters_of(layer)
+    assert counters is not None
+    assert counters.calls.total() == 0
 
 
 def test_no_kernel_means_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,6 +277,9 @@ def test_a_pickled_model_knows_nothing_of_inlay(how: str) -> None:
     assert b"inlay.hf" not in data
     assert loaded.config._attn_implementation == "sdpa"
     assert torch.equal(loaded(ids).logits, expected)
+    assert model.config._attn_implementation == "inlay"
+    model.set_attn_implementation("eager")
+    assert pickle.loads(pickle.dumps(model)).config._attn_implementation == "eager"
 
 
 @torch.no_grad()

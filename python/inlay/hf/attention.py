@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from inlay import reference
 from inlay.hf import masks
 from inlay.hf.binding import binding_of
 from inlay.hf.norms import device_reason, is_plain, transform_reason
@@ -61,7 +62,7 @@ class Inputs(NamedTuple):
         bias: [B or 1, H or 1, Sq, Sk], added to the scores, or None.
         gate: [B, Sq, H, DV], before its sigmoid, or None.
         is_causal: whether a mask of None is causal.
-        cu_seq_lens: offsets of packed sequences, or None.
+        cu_seq_lens, cu_seq_lens_k: offsets of packed sequences of queries and of keys, or None.
     """
 
     query: Tensor
@@ -76,6 +77,7 @@ class Inputs(NamedTuple):
     gate: Tensor | None
     is_causal: bool
     cu_seq_lens: Tensor | None
+    cu_seq_lens_k: Tensor | None
 
 
 def attention_forward(
@@ -127,7 +129,7 @@ def inputs_of(
     return Inputs(
         query, key, value, mask, scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"),
         kwargs.get("position_bias"), gate, bool(causal) and mask is None and query.shape[2] > 1,
-        kwargs.get("cu_seq_lens_q"),
+        kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"),
     )  # fmt: skip
 
 
@@ -141,11 +143,11 @@ def why_not(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> str | 
     return _tensor_reason(inputs) or transform_reason() or _mask_reason(inputs) or _kernel_reason(inputs)
 
 
-def compute(inputs: Inputs) -> Tensor:
-    """The op's result [B, Sq, H, DV]."""
+def compute(inputs: Inputs, op: Callable[..., Any] = attention) -> Tensor:
+    """The result [B, Sq, H, DV], by the op or by its reference."""
     q, k, v, mask = inputs.query, inputs.key, inputs.value, inputs.mask
     bias = inputs.bias
-    cu_seq_lens = inputs.cu_seq_lens
+    cu_seq_lens, cu_seq_lens_k = inputs.cu_seq_lens, inputs.cu_seq_lens_k
     if inputs.is_causal and k.shape[2] > q.shape[2]:
         # The first tokens of a static cache: what lies behind them is not there yet.
         k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
@@ -160,19 +162,23 @@ def compute(inputs: Inputs) -> Tensor:
     if cu_seq_lens is not None and (mask is not None or bias is not None):
         ranges = masks.within_sequences(mask if ranges is not None else None, q.shape[2], cu_seq_lens)
         cu_seq_lens = None
+    if cu_seq_lens is None:
+        cu_seq_lens_k = None
     if bias is not None and bias.dtype not in (q.dtype, torch.float32):
         bias = bias.to(q.dtype if q.dtype == torch.float64 else torch.float32)
-    y = attention(
+    return op(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=inputs.is_causal, scale=inputs.scaling,
         softcap=inputs.softcap or 0.0, sinks=inputs.sinks, gate=inputs.gate, mask=seen, bias=bias,
-        cu_seqlens_q=cu_seq_lens, dropout_p=inputs.dropout, key_ranges=None if ranges is None else ranges[:, 0],
+        cu_seqlens_q=cu_seq_lens, cu_seqlens_k=cu_seq_lens_k, dropout_p=inputs.dropout,
+        key_ranges=None if ranges is None else ranges[:, 0],
     )  # fmt: skip
-    assert isinstance(y, Tensor)
-    return y
 
 
 def fall_back(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The call by transformers' own functions, with a mask that they understand."""
+    """The call by transformers' own functions, with a mask that they understand.
+
+    By the op's reference, should sdpa ignore something and the model have no eager function.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     query, key, value, mask = inputs[:4]
@@ -182,14 +188,14 @@ def fall_back(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> tupl
     function, arguments = ALL_ATTENTION_FUNCTIONS["sdpa"], dict(kwargs)
     ignored = ("softcap", "s_aux", *eager.more)  # by sdpa, or refused
     wants_eager = wants_weights(kwargs) or any(kwargs.get(name) is not None for name in ignored)
+    if eager.function is None and (inputs.softcap or inputs.sinks is not None):
+        return compute(inputs, reference.attention), None
     if wants_eager and eager.function is not None:
         function = eager.function
         if mask is None and inputs.is_causal:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    else:  # what sdpa refuses, it can do nothing about
-        arguments.pop("softcap", None)
     y, weights = function(
         module, query, key, value, mask, dropout=inputs.dropout, scaling=inputs.scaling, **arguments
     )  # fmt: skip

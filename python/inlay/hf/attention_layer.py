@@ -19,16 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inlay.hf import attention, attention_config, norms
+from inlay.hf import attention, norms
 from inlay.hf.attention_recognise import KEYWORDS, AttentionSpec, Rotation, recognise
-from inlay.hf.binding import Plan, binding_of
+from inlay.hf.binding import Change, Plan, binding_of
 from inlay.hf.recognise import NormSpec, Setting
 from inlay.ops import _checks as checks
 from inlay.ops.rope import qk_norm_rope
 
 OPS = ("attention_layer",)
 
-# The names of attention implementations whose masks the layer's forward understands.
+# The names of transformers' own attention implementations, and of those whose masks the layer's forward understands.
+_REPLACEABLE = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 _IMPLEMENTATIONS = (attention.NAME, "sdpa", "eager")
 
 
@@ -45,7 +46,16 @@ def plan(module: nn.Module) -> Plan | str | None:
     spec = recognise(module)
     if not isinstance(spec, AttentionSpec):
         return spec
-    return Plan("attention_layer", forward, spec, attention_config.switch, attention_config.restore)
+    return Plan("attention_layer", forward, spec, _change(module))
+
+
+def _change(layer: Any) -> Change | None:
+    """Has transformers make Inlay's masks: what makes them is named in the configuration, which all layers share."""
+    attribute = "_attn_implementation_internal"
+    name = getattr(layer.config, attribute, None)
+    if name not in _REPLACEABLE or getattr(layer.config, "output_attentions", False):
+        return None
+    return Change(layer.config, attribute, name, attention.NAME)
 
 
 def forward(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -21,6 +22,28 @@ BINDING = "_inlay"
 _REPLICATE = "_replicate_for_data_parallel"
 
 
+@dataclass(eq=False)
+class Change:
+    """An attribute of what a module shares with others, its configuration, that is another while it is patched."""
+
+    owner: Any
+    name: str
+    old: Any
+    new: Any
+
+    def make(self) -> None:
+        setattr(self.owner, self.name, self.new)
+
+    @property
+    def stands(self) -> bool:
+        """Whether nobody else has set it since."""
+        return getattr(self.owner, self.name, None) == self.new
+
+    def undo(self) -> None:
+        if self.stands:
+            setattr(self.owner, self.name, self.old)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one module is to be patched.
@@ -29,14 +52,13 @@ class Plan:
         op: name of the op, as in ``patch(ops=...)``.
         forward: ``forward(module, *args, **kwargs)``. Its ``__name__`` must be "forward", see :class:`Binding`.
         spec: what ``forward`` needs to know. Immutable: modules and copies of models share it.
-        bound, unbound: called with the module once it is patched, and once it no longer is.
+        change: what else patching changes, or None.
     """
 
     op: str
     forward: Callable[..., Any]
     spec: Any
-    bound: Callable[[nn.Module], None] | None = None
-    unbound: Callable[[nn.Module], None] | None = None
+    change: Change | None = None
 
 
 @dataclass(eq=False)
@@ -44,14 +66,15 @@ class Binding:
     """The plan a module is patched with, and its counters.
 
     A deep copy of a patched model is patched, with counters of its own. A pickled one is not, so that the file loads
-    where Inlay is not installed: a binding pickles as None, and a bound method pickles as ``getattr(module, name)``,
-    which the half-built module answers with its class's own ``forward``.
+    where Inlay is not installed: a binding pickles as None, or as what undoes its change and gives None, and a bound
+    method pickles as ``getattr(module, name)``, which the half-built module answers with its class's own ``forward``.
     """
 
     plan: Plan
     path: str
     strict: bool
     had_instance_forward: bool
+    change: Change | None
     calls: Counter[torch.device] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
 
@@ -66,10 +89,13 @@ class Binding:
             self.fallbacks[reason] += 1
 
     def __deepcopy__(self, memo: dict) -> Binding:
-        return Binding(self.plan, self.path, self.strict, self.had_instance_forward)
+        change = deepcopy(self.change, memo)
+        return Binding(self.plan, self.path, self.strict, self.had_instance_forward, change)
 
     def __reduce__(self) -> tuple:
-        return type(None), ()
+        if self.change is None or not self.change.stands:
+            return type(None), ()
+        return setattr, (self.change.owner, self.change.name, self.change.old)
 
 
 def binding_of(module: nn.Module) -> Binding | None:
@@ -89,11 +115,11 @@ def foreign_forward(module: nn.Module) -> str | None:
 def bind(module: nn.Module, plan: Plan, path: str, strict: bool) -> None:
     """Puts ``plan.forward`` where the class's own forward is. Call only when :func:`foreign_forward` is None."""
     holder, name = next(_slots(module))
-    binding = Binding(plan, path, strict, had_instance_forward=name in vars(holder))
+    binding = Binding(plan, path, strict, name in vars(holder), plan.change)
     vars(holder)[name] = MethodType(plan.forward, module)
     vars(module).update({_REPLICATE: MethodType(_replicate_for_data_parallel, module), BINDING: binding})
-    if plan.bound is not None:
-        plan.bound(module)
+    if plan.change is not None:
+        plan.change.make()
 
 
 def unbind(module: nn.Module) -> None:
@@ -111,8 +137,8 @@ def unbind(module: nn.Module) -> None:
             del vars(module)["forward"]
         else:
             vars(holder)[name] = MethodType(type(module).forward, module)
-    if binding.plan.unbound is not None:
-        binding.plan.unbound(module)
+    if binding.change is not None:
+        binding.change.undo()
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[Any, str]]:

@@ -42,6 +42,7 @@ def patch(model: Any, ops: Iterable[str] | None = None, strict: bool = False) ->
         ValueError: an unknown name in ops.
     """
     chosen = _chosen(ops)
+    plans = []  # all made before any is carried out, as modules share what one may change
     for path, module in _modules("patch", model):
         binding = binding_of(module)
         if binding is not None:
@@ -49,6 +50,9 @@ def patch(model: Any, ops: Iterable[str] | None = None, strict: bool = False) ->
             continue
         plan = _plan(module, chosen)
         if isinstance(plan, Plan):
+            plans.append((path, module, plan))
+    for path, module, plan in plans:
+        if binding_of(module) is None:  # a pipeline's components may share modules
             bind(module, plan, path, strict)
     return report(model)
 
