@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import bench_conv, bench_gdn, bench_norm
+from benchmarks import bench_conv, bench_gdn, bench_norm, bench_rope
 from benchmarks.harness import Family
 
-FAMILIES: dict[str, Family] = {"conv": bench_conv.FAMILY, "gdn": bench_gdn.FAMILY, "norm": bench_norm.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "conv": bench_conv.FAMILY,
+    "gdn": bench_gdn.FAMILY,
+    "norm": bench_norm.FAMILY,
+    "rope": bench_rope.FAMILY,
+}

@@ -74,9 +74,9 @@ void fill(Problem& problem, const Arguments& a, const Inputs& in) {
   problem.rotary = a.rotary_dim;
   problem.interleaved = a.interleaved;
   problem.one_angle_per_pair = in.cos.width() != a.rotary_dim;
-  INLAY_CHECK(in.cos.dtype == in.q.dtype || (in.cos.dtype == DType::f32 && in.q.dtype != DType::f64), op,
-              ": cos must be ", name_of(in.q.dtype), in.q.dtype == DType::f64 ? "" : " or float32", ", got ",
-              name_of(in.cos.dtype));
+  const bool half = size_of(in.q.dtype) == 2;
+  INLAY_CHECK(in.cos.dtype == in.q.dtype || (half && in.cos.dtype == DType::f32), op, ": cos must be ",
+              name_of(in.q.dtype), half ? " or float32" : "", ", got ", name_of(in.cos.dtype));
   INLAY_CHECK(in.sin.dtype == in.cos.dtype, op, ": sin must be ", name_of(in.cos.dtype), ", got ",
               name_of(in.sin.dtype));
   problem.angles = in.cos.dtype;

@@ -181,7 +181,11 @@ def test_report_writes_every_row_and_a_plot(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "chosen", "implementations"),
-    [("norm", "l2_norm", {"inlay", "hf_eager", "torch"}), ("gdn", "gated_delta", {"inlay", "hf_eager"})],
+    [
+        ("norm", "l2_norm", {"inlay", "hf_eager", "torch"}),
+        ("gdn", "gated_delta", {"inlay", "hf_eager"}),
+        ("rope", "qk_norm_rope", {"inlay", "hf_eager", "torch.mul"}),
+    ],
 )
 def test_run_writes_a_results_file(family, chosen, implementations, tmp_path):
     pytest.importorskip("transformers")

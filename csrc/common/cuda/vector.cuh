@@ -128,6 +128,20 @@ __device__ inline Packed<T, N> multiply(const Packed<T, N>& a, const Packed<T, N
   return product;
 }
 
+// The sums of 16-bit values, rounded once.
+template <typename T, int N>
+__device__ inline Packed<T, N> add(const Packed<T, N>& a, const Packed<T, N>& b) {
+  static_assert(sizeof(T) == 2 && N % 2 == 0);
+  using Pair = std::conditional_t<kDType<T> == DType::bf16, __nv_bfloat162, __half2>;
+  Packed<T, N> sum;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    reinterpret_cast<Pair*>(&sum)[i] =
+        __hadd2_rn(reinterpret_cast<const Pair*>(&a)[i], reinterpret_cast<const Pair*>(&b)[i]);
+  }
+  return sum;
+}
+
 // Makes the compiler convert `packed` anew for its next use, instead of keeping the wider floats in registers.
 template <typename T, int N>
 __device__ inline void keep_packed(Packed<T, N>& packed) {

@@ -5,13 +5,13 @@ For each head ``x`` of q and k, with the norm left out where there are no weight
     m = x / sqrt(mean(x^2) + eps) * (weight + weight_offset)
     y = m * cos + partner(m) * sin        in the first ``rotary_dim`` channels, y = m in the others
 
-The channels are rotated in pairs: (i, i + rotary_dim / 2), or with ``interleaved`` (2 i, 2 i + 1). ``partner(m)`` is each
-channel's other one, negative for the first of a pair: ``rotate_half`` of transformers.
+The channels are rotated in pairs: (i, i + rotary_dim / 2), or with ``interleaved`` (2 i, 2 i + 1). ``partner(m)`` is
+each channel's other one, negative for the first of a pair: ``rotate_half`` of transformers.
 
 Rounding to a 16-bit dtype, so that results equal the eager code replaced. ``rounding``, of the norm:
 
-* ``"stepwise"``: the normalised head is cast to q's dtype, its product with the weight is rounded to what type promotion
-  gives. Llama's norm: Qwen3, Qwen3-MoE, GLM-4 MoE.
+* ``"stepwise"``: the normalised head is cast to q's dtype, its product with the weight is rounded to what type
+  promotion gives. Llama's norm: Qwen3, Qwen3-MoE, GLM-4 MoE.
 * ``"once"``: one cast, to q's dtype, behind the weight. Gemma 3, Qwen3-Next, Qwen3.5 (with ``weight_offset=1``),
   ``torch.nn.RMSNorm``.
 
@@ -63,12 +63,12 @@ def qk_norm_rope(
     """RMSNorm (optional) and rotary embedding of queries and keys; the module's docstring has the formula.
 
     Args:
-        q: [B, S, Hq, D], any strides but 1 in the last dimension: slices of a packed projection, of one whose heads hold
-            a query and a gate side by side, and transposed [B, H, S, D] are read in place. float32, bfloat16 or float16,
-            on the CPU float64 too.
+        q: [B, S, Hq, D] with stride 1 in the last dimension, any strides before: slices of a packed projection, of one
+            whose heads hold a query and a gate side by side, and transposed [B, H, S, D] are read in place. float32,
+            bfloat16 or float16, on the CPU float64 too.
         k: [B, S, Hk, D], q's dtype.
-        cos, sin: [B, S, R], [1, S, R] or [S, R]; q's dtype or float32. R is ``rotary_dim``, an angle for each channel as
-            transformers gives them (mRoPE's merged ones too), or half of it, an angle for each pair.
+        cos, sin: [B, S, R], [1, S, R] or [S, R]; q's dtype or float32. R is ``rotary_dim``, an angle for each channel
+            as transformers gives them (mRoPE's merged ones too), or half of it, an angle for each pair.
         q_weight, k_weight: [D], any dtype; both, or None for the rotary embedding alone.
         eps: added to the mean square.
         weight_offset: added to the weights in float32; 1.0 where they are zero-centred (Gemma 3, Qwen3-Next, Qwen3.5).
@@ -96,6 +96,8 @@ def qk_norm_rope(
         if checks.needs_grad(q, k, q_weight, k_weight, cos, sin):
             _without_gradient("cos", cos)
             _without_gradient("sin", sin)
+            if q_weight is not None and k_weight is q_weight:  # Dynamo does not trace a function of one tensor twice
+                arguments = (*arguments[:5], q_weight.view_as(q_weight), *arguments[6:])
             return _QkNormRope.apply(*arguments)
         return _rope(*arguments)
     except Exception:
@@ -124,28 +126,19 @@ def _check(
     if q.dim() != 4:
         raise ValueError(f"{op}: q must have shape [B, S, H, D], got {list(q.shape)}")
     batch, tokens, _, width = q.shape
-    checks.activations(op, "k", k)
+    checks.given(op, "k", k)
     checks.on_device(op, "k", k, q, "q")
     checks.dtype(op, "k", k.dtype, (q.dtype,))
     if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, tokens, width):
         raise ValueError(f"{op}: k must have shape [{batch}, {tokens}, H, {width}] as q has, got {list(k.shape)}")
+    checks.activations(op, "k", k)
     checks.given(op, "cos", cos)
     rotary = cos.shape[-1] if rotary_dim is None and cos.dim() else rotary_dim
     if not isinstance(rotary, int) or not 0 <= rotary <= width or rotary % 2:
         raise ValueError(f"{op}: rotary_dim must be an even number up to q's width {width}, got {rotary}")
-    for name, angles in (("cos", cos), ("sin", sin)):
-        checks.activations(op, name, angles)
-        allowed = cos.dtype if name == "sin" else q.dtype
-        checks.dtype(op, name, angles.dtype, (allowed,) if name == "sin" or allowed in _WIDE else (allowed, _WIDE[0]))
-        checks.on_device(op, name, angles, q, "q")
-        columns = (cos.shape[-1],) if name == "sin" else (rotary, rotary // 2)
-        leading = tuple(angles.shape[:-1])
-        if leading not in ((batch, tokens), (1, tokens), (tokens,)) or angles.shape[-1] not in columns:
-            raise ValueError(
-                f"{op}: {name} must have shape [{batch} or 1, {tokens}, {' or '.join(map(str, columns))}], the first"
-                f" size optional, got {list(angles.shape)}"
-            )
-        _without_gradient(name, angles)
+    halves = q.dtype in (torch.bfloat16, torch.float16)
+    _check_angles("cos", cos, q, (q.dtype, torch.float32) if halves else (q.dtype,), (rotary, rotary // 2))
+    _check_angles("sin", sin, q, (cos.dtype,), (cos.shape[-1],))
     if (q_weight is None) != (k_weight is None):
         given = "None" if k_weight is None else "a tensor"
         raise ValueError(f"{op}: k_weight must be given exactly when q_weight is, got {given}")
@@ -153,7 +146,19 @@ def _check(
     checks.vector(op, "k_weight", k_weight, k, "k")
 
 
-_WIDE = (torch.float32, torch.float64)
+def _check_angles(
+    argument: str, angles: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...], columns: tuple[int, ...]
+) -> None:
+    op = "qk_norm_rope"
+    checks.given(op, argument, angles)
+    checks.on_device(op, argument, angles, q, "q")
+    checks.dtype(op, argument, angles.dtype, dtypes)
+    batch, tokens = q.shape[:2]
+    leading = tuple(angles.shape[:-1])
+    if leading not in ((batch, tokens), (1, tokens), (tokens,)) or angles.shape[-1] not in columns:
+        shape = f"[{batch} or 1, {tokens}, {' or '.join(map(str, columns))}]"
+        raise ValueError(f"{op}: {argument} must have shape {shape}, the first size optional, got {list(angles.shape)}")
+    checks.activations(op, argument, angles)
 
 
 class _QkNormRope(Function):

@@ -1,0 +1,5 @@
+#include "rope/cuda/register_backward.cuh"
+
+namespace inlay::rope::cuda {
+template BackwardLaunch register_backward<float, float>(const BackwardParams&, int);
+}
