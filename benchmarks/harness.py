@@ -129,6 +129,7 @@ class Row:
     bar: str = ""
     met: str = ""
     note: str = ""
+    tflop_s: float = 0.0  # of ops that matrix products bound
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,10 @@ def at_most_ms(limit: float) -> Bar:
     return Bar(f"<= {limit:g} ms", lambda row, _: row.median_us <= limit * 1e3)
 
 
+def at_least_tflops(rate: float) -> Bar:
+    return Bar(f">= {rate:g} TFLOP/s", lambda row, _: row.tflop_s >= rate)
+
+
 def at_most_times(factor: float, baseline: str) -> Bar:
     return Bar(f"<= {factor:g} x {baseline}", lambda row, base: row.median_us <= factor * base.median_us, baseline)
 
@@ -172,7 +177,9 @@ def judged(rows: Sequence[Row], subject: str, bars: Sequence[Bar]) -> list[Row]:
     return [marked if row is own else row for row in rows]
 
 
-def row(case: str, mode: str, implementation: str, timing: Timing, moved: int, copy: float, note: str = "") -> Row:
+def row(
+    case: str, mode: str, implementation: str, timing: Timing, moved: int, copy: float, note: str = "", flops: float = 0
+) -> Row:
     rate = moved / timing.median
     return Row(
         case=case,
@@ -185,6 +192,7 @@ def row(case: str, mode: str, implementation: str, timing: Timing, moved: int, c
         gb_s=round(rate / 1e9, 1),
         copy_share=round(rate / copy, 4),
         note=note,
+        tflop_s=round(flops / timing.median / 1e12, 4),
     )
 
 
@@ -326,6 +334,8 @@ def side_stream(device: str) -> AbstractContextManager:
 def line(row: Row) -> str:
     bar = f"  {row.bar}: {'met' if row.met == 'yes' else 'MISSED'}" if row.bar else ""
     rate = f"{row.gb_s:8.0f} GB/s {row.copy_share:6.1%}" if row.bytes else " " * 20
+    if row.tflop_s:
+        rate = f"{row.tflop_s:8.3g} TFLOP/s    "
     return (
         f"{row.case:48} {row.mode:6} {row.implementation:13} {row.median_us:10.2f} us {rate}{bar} {row.note}".rstrip()
     )

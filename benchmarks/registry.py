@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks import bench_conv, bench_gdn, bench_norm, bench_rope
+from benchmarks import bench_attention, bench_conv, bench_gdn, bench_norm, bench_rope
 from benchmarks.harness import Family
 
 FAMILIES: dict[str, Family] = {
+    "attention": bench_attention.FAMILY,
     "conv": bench_conv.FAMILY,
     "gdn": bench_gdn.FAMILY,
     "norm": bench_norm.FAMILY,

@@ -61,8 +61,8 @@ def _tables(family: str, path: Path) -> str:
     subject = FAMILIES[family].subject
     said = ", ".join(f"{name} {value}" for name, value in about.items() if name not in ("device", "date"))
     lines = [
-        f"**{about['device']}**, {about['date']} ({said}). bf16; microseconds, in brackets the share of the bandwidth "
-        f"of a large copy in the same run. `python benchmarks/run.py {family} --device {device}`",
+        f"**{about['device']}**, {about['date']} ({said}). bf16; microseconds, in brackets {_unit(rows)}. "
+        f"`python benchmarks/run.py {family} --device {device}`",
         "",
         f"![{family} on {about['device']}](benchmarks/results/{path.stem}.svg)",
     ]
@@ -71,6 +71,12 @@ def _tables(family: str, path: Path) -> str:
         if chosen:
             lines += ["", f"{title}:", "", *_table(chosen, subject)]
     return "\n".join(lines)
+
+
+def _unit(rows: _Rows) -> str:
+    if any(float(row.get("tflop_s") or 0) for row in rows):
+        return "the rate of the matrix products"
+    return "the share of the bandwidth of a large copy in the same run"
 
 
 def _table(rows: _Rows, subject: str) -> list[str]:
@@ -91,12 +97,14 @@ def _cell(row: dict[str, str] | None) -> str:
     if row is None:
         return ""
     share = f" ({float(row['copy_share']):.2f})" if int(row["bytes"]) else ""
+    if float(row.get("tflop_s") or 0):
+        share = f" ({float(row['tflop_s']):.3g} TFLOP/s)"
     note = f" *{row['note']}*" if row["note"] else ""
     return f"{float(row['median_us']):.1f}{share}{note}"
 
 
 def _plot(path: Path) -> None:
-    """Share of copy bandwidth of every case that moves much, one bar an implementation."""
+    """What bounds every case that moves much, one bar an implementation: the share of copy bandwidth, or a rate."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -107,18 +115,21 @@ def _plot(path: Path) -> None:
     subject = FAMILIES[path.stem.split("-")[0]].subject
     modes = {row["mode"] for row in rows}
     mode = "graph" if "graph" in modes else "eager"
-    # Below 32 MB a launch's own time shows more than bandwidth does.
-    rows = [row for row in rows if row["mode"] == mode and int(row["bytes"]) >= 2**25]
+    rows = [row for row in rows if row["mode"] == mode]
+    column = "tflop_s" if any(float(row.get("tflop_s") or 0) for row in rows) else "copy_share"
+    if column == "copy_share":  # below 32 MB a launch's own time shows more than bandwidth does
+        rows = [row for row in rows if int(row["bytes"]) >= 2**25]
     names, cases = _implementations(rows, subject), _by_case(rows)
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.14 * len(cases) * (len(names) + 1)))
     height = 1 / (len(names) + 1)
     for index, name in enumerate(names):
         places = [place + index * height for place, case in enumerate(cases) if name in cases[case]]
-        shares = [float(case[name]["copy_share"]) for case in cases.values() if name in case]
+        shares = [float(case[name][column]) for case in cases.values() if name in case]
         axes.barh(places, shares, height, label=name)
     axes.set_yticks([place + height * (len(names) - 1) / 2 for place in range(len(cases))], list(cases))
     axes.invert_yaxis()
-    axes.set_xlabel(f"share of copy bandwidth ({about['copy']}), {about['device']}")
+    unit = "TFLOP/s" if column == "tflop_s" else f"share of copy bandwidth ({about['copy']})"
+    axes.set_xlabel(f"{unit}, {about['device']}")
     axes.legend(loc="lower right")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})

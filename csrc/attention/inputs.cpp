@@ -167,7 +167,8 @@ Inputs checked_inputs(const TensorInfo& q, const Arguments& a) {
   }
   if (a.key_ranges) inputs.key_ranges = key_ranges_of(*a.key_ranges, q);
   inputs.dropout = dropout_of(a, q);
-  INLAY_CHECK(a.softcap >= 0 && std::isfinite(a.softcap), op, ": softcap must be finite and at least 0, got ", std::to_string(a.softcap));
+  INLAY_CHECK(a.softcap >= 0 && std::isfinite(a.softcap), op, ": softcap must be finite and at least 0, got ",
+              std::to_string(a.softcap));
   check_window(op, "window_left", a.window_left);
   check_window(op, "window_right", a.window_right);
   inputs.scale = a.scale;

@@ -66,6 +66,7 @@ class Backward {
   // `finished`: how many blocks of keys have added their part to the tile's dQ.
   void visit(const RowTile& tile, const TileKeys& seen, const KeyTask& task, int32_t* finished) {
     tiles_.load_rows(tile, seen.all);
+    const M dq = tiles_.dq = tiles_.rows_of(scratch_.dq, tile, inputs_.head_dim);
     const int64_t strip = tiles_.strip_rows(tile);
     const int64_t dim = round_up(inputs_.head_dim, Vec::lanes), value_dim = round_up(inputs_.value_dim, Vec::lanes);
     each_strip(tile, strip, [&](int64_t first, int64_t rows, const Columns& columns) {
@@ -78,8 +79,6 @@ class Backward {
     });
     const auto earlier = static_cast<int32_t>(task.block - seen.any.begin / backward_block(inputs_));
     while (__atomic_load_n(finished, __ATOMIC_ACQUIRE) != earlier) sched_yield();
-    const int64_t row = dq_row(inputs_, tile.span.queries.batch, task.key_head, tile.span.queries.begin + tile.query);
-    const M dq{static_cast<Scalar*>(scratch_.dq) + row * dim, dim};
     if (earlier == 0) {
       for (int64_t i = 0; i < tile.rows(); ++i) fill_zero(dq.row(i), dim);
     }
@@ -118,13 +117,14 @@ class Backward {
   M dv_;
 };
 
-// delta of each row, and dgate.
+// Once for each row: delta, the row of q and that of o's gradient, and dgate.
 template <class Vec>
 void prepare(const BackwardParams& p, const BackwardScratch& scratch, int64_t begin, int64_t end) {
   using Scalar = typename Vec::Scalar;
   const Inputs& inputs = p.inputs;
   const int64_t tokens = inputs.queries.tokens, width = inputs.value_dim;
   const Scalar* dlse = static_cast<const Scalar*>(p.dlse.data);
+  const Vec scale = Vec::set(static_cast<Scalar>(inputs.scale));
   with_element_type<Vec>(inputs.q.dtype, [&](auto element) {
     using Element = typename decltype(element)::type;
     const auto row_of = [](const TokenTensor& tensor, int64_t batch, int64_t token, int64_t head) {
@@ -137,16 +137,25 @@ void prepare(const BackwardParams& p, const BackwardScratch& scratch, int64_t be
         const Element* o = row_of(p.o, batch, token, head);
         const Element* gate = inputs.gate.data ? row_of(inputs.gate, batch, token, head) : nullptr;
         Element* dgate = gate ? static_cast<Element*>(p.dgate.data) + (i * inputs.query_heads + head) * width : nullptr;
+        const int64_t group = inputs.group();
+        const int64_t to = scratch_row(inputs, batch, head / group, token) + head % group;
+        Scalar* packed = static_cast<Scalar*>(scratch.dout) + to * padded_stride<Scalar>(width);
         Vec total = Vec::set(0);
         sweep<Vec>(width, [&](int64_t j, auto lanes) {
-          Vec product = Vec::load(dout + j, lanes) * Vec::load(o + j, lanes);
+          Vec gradient = Vec::load(dout + j, lanes);
+          const Vec result = Vec::load(o + j, lanes);
           if (gate) {
             const Vec open = sigmoid(Vec::load(gate + j, lanes));
-            product = product * open;
-            Vec::store(dgate + j, product * (Vec::set(1) - open), lanes);
+            gradient = gradient * open;
+            Vec::store(dgate + j, gradient * result * (Vec::set(1) - open), lanes);
           }
-          total = total + product;
+          Vec::store(packed + j, gradient, Full{});
+          total = fma(gradient, result, total);
         });
+        const Element* q = row_of(inputs.q, batch, token, head);
+        packed = static_cast<Scalar*>(scratch.q) + to * padded_stride<Scalar>(inputs.head_dim);
+        sweep<Vec>(inputs.head_dim,
+                   [&](int64_t j, auto lanes) { Vec::store(packed + j, Vec::load(q + j, lanes) * scale, Full{}); });
         const int64_t row = (batch * inputs.query_heads + head) * tokens + token;
         static_cast<Scalar*>(scratch.delta)[row] = sum(total) - (dlse ? dlse[row] : 0);
       }
@@ -158,7 +167,7 @@ template <class Vec>
 void store_dq(const BackwardParams& p, const BackwardScratch& scratch, const QueryTask& task) {
   using Scalar = typename Vec::Scalar;
   const Inputs& inputs = p.inputs;
-  const int64_t group = inputs.group(), width = inputs.head_dim, dim = round_up(width, Vec::lanes);
+  const int64_t group = inputs.group(), width = inputs.head_dim, stride = padded_stride<Scalar>(width);
   const Span span(inputs, task.sequence);
   const int64_t number =
       inputs.queries.first_chunk(task.sequence, backward_queries(inputs)) + task.begin / backward_queries(inputs);
@@ -166,14 +175,14 @@ void store_dq(const BackwardParams& p, const BackwardScratch& scratch, const Que
   const Vec scale = Vec::set(static_cast<Scalar>(inputs.scale));
   const RowTile tile{span, task.key_head * group, group, task.begin, task.count};
   const Scalar* dq = static_cast<const Scalar*>(scratch.dq) +
-                     dq_row(inputs, span.queries.batch, task.key_head, span.queries.begin + task.begin) * dim;
+                     scratch_row(inputs, span.queries.batch, task.key_head, span.queries.begin + task.begin) * stride;
   with_element_type<Vec>(p.dq.dtype, [&](auto element) {
     using Element = typename decltype(element)::type;
     tile.each([&](int64_t row, int64_t token, int64_t head) {
       const int64_t index = (span.queries.batch * inputs.queries.tokens + token) * inputs.query_heads + head;
       Element* to = static_cast<Element*>(p.dq.data) + index * width;
       sweep<Vec>(width, [&](int64_t j, auto lanes) {
-        Vec::store(to + j, seen ? Vec::load(dq + row * dim + j, Full{}) * scale : Vec::set(0), lanes);
+        Vec::store(to + j, seen ? Vec::load(dq + row * stride + j, Full{}) * scale : Vec::set(0), lanes);
       });
     });
   });

@@ -18,8 +18,6 @@ class Gradients {
 
   Gradients(const BackwardParams& p, const BackwardScratch& scratch, MatrixArena<Scalar>& arena)
       : k(arena.take(backward_block(p.inputs), p.inputs.head_dim)),
-        q(arena.take(max_rows(p.inputs), p.inputs.head_dim)),
-        dout(arena.take(max_rows(p.inputs), p.inputs.value_dim)),
         probabilities(arena.take(max_rows(p.inputs), backward_block(p.inputs))),
         dscores(arena.take(max_rows(p.inputs), backward_block(p.inputs))),
         p_(p),
@@ -41,10 +39,9 @@ class Gradients {
   static int64_t elements(const Inputs& inputs) {
     using Arena = MatrixArena<Scalar>;
     const int64_t rows = max_rows(inputs), d = inputs.head_dim, dv = inputs.value_dim;
-    return Arena::elements(backward_block(inputs), d) + Arena::elements(rows, d) + Arena::elements(rows, dv) +
-           2 * Arena::elements(rows, backward_block(inputs)) + Arena::elements(d + dv, backward_block(inputs)) +
-           2 * Arena::elements(1, rows) + 2 * Arena::elements(1, backward_block(inputs)) +
-           Arena::elements(1, kRangeElements * rows);
+    return Arena::elements(backward_block(inputs), d) + 2 * Arena::elements(rows, backward_block(inputs)) +
+           Arena::elements(d + dv, backward_block(inputs)) + 2 * Arena::elements(1, rows) +
+           2 * Arena::elements(1, backward_block(inputs)) + Arena::elements(1, kRangeElements * rows);
   }
 
   // `count` keys from `key` on. `values` is memory for a block of values.
@@ -60,9 +57,8 @@ class Gradients {
 
   // `seen`: keys that all of the tile's queries see, whose ranges need then not be looked at.
   void load_rows(const RowTile& tile, const KeyRange& seen) {
-    load_tile<Vec>(inputs_.q, tile, inputs_.head_dim, static_cast<Scalar>(inputs_.scale), q);
-    load_tile<Vec>(p_.dout, tile, inputs_.value_dim, 1, dout);
-    if (inputs_.gate.data) apply_gate(tile);
+    q = rows_of(scratch_.q, tile, inputs_.head_dim);
+    dout = rows_of(scratch_.dout, tile, inputs_.value_dim);
     const Scalar* lse = static_cast<const Scalar*>(p_.lse.data);
     const Scalar* delta = static_cast<const Scalar*>(scratch_.delta);
     for (int64_t row = 0; row < tile.rows(); ++row) {
@@ -74,6 +70,14 @@ class Gradients {
     whole_ = seen.begin <= key_ && seen.end >= key_ + count_;
     if (whole_) return;
     for (int64_t i = 0; i < tile.queries; ++i) ranges_[i] = tile.span.visible(inputs_, tile.query + i);
+  }
+
+  // The tile's rows in the scratch memory.
+  M rows_of(void* memory, const RowTile& tile, int64_t width) const {
+    const int64_t group = inputs_.group(), head = tile.head / group, stride = padded_stride<Scalar>(width);
+    const int64_t row =
+        scratch_row(inputs_, tile.span.queries.batch, head, tile.span.queries.begin + tile.query) + tile.head % group;
+    return {static_cast<Scalar*>(memory) + row * stride, stride * group / tile.heads};
   }
 
   // Rows that are worked on together. Where not all see every key, few at a time: each strip goes as far as its own
@@ -97,6 +101,7 @@ class Gradients {
                    from_column(from_row(dscores, first), columns.begin)});
     const bool capped = inputs_.softcap > 0 && !before_softcap;
     for (int64_t row = first; row < last; ++row) {
+      fetch_ahead(row, tile.rows());
       Scalar* p = probabilities.row(row);
       Scalar* ds = dscores.row(row);
       const KeyRange range = whole_ ? KeyRange{key_, key_ + count_} : ranges_[row / tile.heads];
@@ -114,28 +119,26 @@ class Gradients {
     }
   }
 
-  M k;     // [keys, D]
-  M q;     // [rows, D], times the scale
-  M dout;  // [rows, DV], of o
+  M k;                 // [keys, D]
+  M q{nullptr, 0};     // [rows, D], times the scale
+  M dout{nullptr, 0};  // [rows, DV], of o
   M probabilities;
   M dscores;
+  M dq{nullptr, 0};  // of the tile, or null: not wanted
 
  private:
   static constexpr int64_t kRangeElements = sizeof(KeyRange) / sizeof(Scalar);
   static constexpr int64_t kStrip = 24;  // a multiple of every tier's rows of a product's tile
 
-  void apply_gate(const RowTile& tile) {
-    const TokenTensor& gate = inputs_.gate;
-    with_element_type<Vec>(gate.dtype, [&](auto element) {
-      using Element = typename decltype(element)::type;
-      tile.each([&](int64_t row, int64_t token, int64_t head) {
-        const Element* g = static_cast<const Element*>(gate.data) + gate.offset(tile.span.queries.batch, token, head);
-        Scalar* to = dout.row(row);
-        sweep<Vec>(inputs_.value_dim, [&](int64_t j, auto lanes) {
-          Vec::store(to + j, Vec::load(to + j, Full{}) * sigmoid(Vec::load(g + j, lanes)), Full{});
-        });
-      });
-    });
+  // What is needed next, while there is other work: the row of dq, and those of the next tile. Harmless beyond the
+  // last.
+  INLAY_INLINE void fetch_ahead(int64_t row, int64_t rows) const {
+    constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(Scalar));
+    for (int64_t j = 0; j < inputs_.head_dim; j += line) {
+      if (dq.data) __builtin_prefetch(dq.row(row) + j, 1, 2);
+      __builtin_prefetch(q.row(row + rows) + j, 0, 2);
+    }
+    for (int64_t j = 0; j < inputs_.value_dim; j += line) __builtin_prefetch(dout.row(row + rows) + j, 0, 2);
   }
 
   template <bool dropout>

@@ -59,18 +59,21 @@ struct TileKeys {
   KeyRange all;  // keys that each of them sees, as far as positions say
 };
 
-// The backward's scratch memory.
+// The backward's scratch memory. Rows of q, dout and dq lie in the order of scratch_row(), in whole vectors: each block
+// of keys passes over them, so what is done to them is done once, and not by each.
 struct BackwardScratch {
   void* delta = nullptr;        // wide [B, Hq, Sq]: what is taken from the gradient of every probability of a row
-  void* dq = nullptr;           // wide, a dense row of D a row of queries, see dq_row(); not yet times the scale
-  TileKeys* tiles = nullptr;    // of each tile of backward_queries() queries
+  void* q = nullptr;            // wide, times the scale
+  void* dout = nullptr;         // wide, of o: times the gate's sigmoid where there is a gate
+  void* dq = nullptr;           // wide, not yet times the scale
+  TileKeys* tiles = nullptr;    // of each tile of backward_queries()
   int32_t* finished = nullptr;  // of each tile and key head: how many blocks of keys have added their part to dq
 };
 
 // `memory`: one thread's own, aligned to kLineBytes, of as many bytes as `memory_bytes` says.
 struct Kernels {
   void (*forward)(const ForwardParams& p, const QueryTask& task, void* memory);
-  // delta and dgate of tokens [begin, end) of all B * Sq.
+  // delta, q, dout and dgate of tokens [begin, end) of all B * Sq.
   void (*prepare)(const BackwardParams& p, const BackwardScratch& scratch, int64_t begin, int64_t end);
   // dk and dv of the block, and its part of dq. Waits for the tile's earlier blocks, so tasks are to be started in
   // the order of their blocks.
@@ -82,8 +85,8 @@ struct Kernels {
   int64_t (*backward_bytes)(const Inputs& inputs);
 };
 
-// The number of the row of dq for the first head of the group, counted in rows of the scratch memory.
-INLAY_INLINE int64_t dq_row(const Inputs& inputs, int64_t batch, int64_t key_head, int64_t token) {
+// The number of the row for the first head of the group. The group's others follow, then the next token's.
+INLAY_INLINE int64_t scratch_row(const Inputs& inputs, int64_t batch, int64_t key_head, int64_t token) {
   return ((batch * inputs.key_heads + key_head) * inputs.queries.tokens + token) * inputs.group();
 }
 

@@ -132,13 +132,18 @@ struct ScratchLayout {
     const int64_t rows = inputs.batch * inputs.queries.tokens * inputs.query_heads;
     const int64_t tiles = inputs.key_heads == 0 ? 0 : inputs.queries.chunk_bound(backward_queries(inputs));
     const auto after = [](int64_t bytes) { return cpu::round_up(bytes, kScratchAlignment); };
-    dq = after(rows * element);
-    // Rows in whole vectors of any tier.
-    this->tiles = dq + after(rows * cpu::round_up(inputs.head_dim, 16) * element);
+    const bool f64 = inputs.q.dtype == DType::f64;
+    const auto matrix = [&](int64_t width) {
+      return after(rows * (f64 ? cpu::padded_stride<double>(width) : cpu::padded_stride<float>(width)) * element);
+    };
+    q = after(rows * element);
+    dout = q + matrix(inputs.head_dim);
+    dq = dout + matrix(inputs.value_dim);
+    this->tiles = dq + matrix(inputs.head_dim);
     finished = this->tiles + after(tiles * static_cast<int64_t>(sizeof(TileKeys)));
     end = finished + after(tiles * inputs.key_heads * static_cast<int64_t>(sizeof(int32_t)));
   }
-  int64_t dq, tiles, finished, end;
+  int64_t q, dout, dq, tiles, finished, end;
 };
 
 BackwardScratch scratch_of(const BackwardParams& p) {
@@ -146,7 +151,11 @@ BackwardScratch scratch_of(const BackwardParams& p) {
   auto* memory = reinterpret_cast<char*>(
       cpu::round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(p.scratch)), kScratchAlignment));
   std::memset(memory + layout.finished, 0, layout.end - layout.finished);
-  return {memory, memory + layout.dq, reinterpret_cast<TileKeys*>(memory + layout.tiles),
+  return {memory,
+          memory + layout.q,
+          memory + layout.dout,
+          memory + layout.dq,
+          reinterpret_cast<TileKeys*>(memory + layout.tiles),
           reinterpret_cast<int32_t*>(memory + layout.finished)};
 }
 

@@ -43,7 +43,8 @@ bool prepare_output(void* data, DType dtype, int64_t elements) {
 
 void check_offsets(const char* op, const Sequences& sequences) {
   if (!sequences.boundaries.data) return;
-  cpu::check_offsets(op, "cu_seqlens", sequences.count, sequences.time, [&](int64_t i) { return sequences.boundaries[i]; });
+  cpu::check_offsets(op, "cu_seqlens", sequences.count, sequences.time,
+                     [&](int64_t i) { return sequences.boundaries[i]; });
 }
 
 // Splits `pieces` of about `elements` each; body(begin, end, scratch) has memory of its own.

@@ -34,7 +34,8 @@ const Kernels& kernels_for(DType dtype) {
 
 void check_offsets(const char* op, const Sequences& sequences) {
   if (!sequences.offsets) return;
-  cpu::check_offsets(op, "cu_seqlens", sequences.count, sequences.tokens, [&](int64_t i) { return sequences.raw_offset(i); });
+  cpu::check_offsets(op, "cu_seqlens", sequences.count, sequences.tokens,
+                     [&](int64_t i) { return sequences.raw_offset(i); });
 }
 
 // Columns a task takes: all of them, or fewer where there are more threads than heads. Columns do not see each other,
