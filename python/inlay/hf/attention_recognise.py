@@ -97,6 +97,8 @@ def recognise(module: Any) -> AttentionSpec | str | None:
 def _structural_reason(module: Any) -> str | None:
     if set(module._parameters) - {"sinks"} or module._buffers:
         return f"it has tensors of its own: {', '.join([*module._parameters, *module._buffers])}"
+    if module.num_key_value_groups < 1:
+        return "it has more key heads than query heads"
     width = module.head_dim
     if width % HEAD_DIM_MULTIPLE or not 0 < width <= MAX_HEAD_DIM:
         return f"its heads are {width} wide, not a multiple of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"

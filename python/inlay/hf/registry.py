@@ -23,7 +23,10 @@ def register() -> None:
     from inlay.hf.masks import inlay_mask
 
     modeling_utils = sys.modules[_MODULE]
-    masking_utils = importlib.import_module("transformers.masking_utils")
+    try:
+        masking_utils = importlib.import_module("transformers.masking_utils")
+    except ImportError:  # an old transformers, whose import must not fail because of us
+        return
     attentions = getattr(modeling_utils, "AttentionInterface", None)
     masks = getattr(masking_utils, "AttentionMaskInterface", None)
     if attentions is not None and masks is not None:

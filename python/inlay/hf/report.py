@@ -63,7 +63,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """Entries for every patched module and for every module that looks as if it could be.
+    """Entries for every patched module, for attention that ``attn_implementation="inlay"`` has run, and for every
+    module that looks as if it could be patched.
 
     ``str(report)`` is a table with a line per class and op.
     """
