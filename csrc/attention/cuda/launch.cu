@@ -4,8 +4,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <array>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -17,17 +15,6 @@ namespace cuda {
 namespace {
 
 using namespace inlay::cuda;
-
-bool is_hopper() {
-  static std::array<std::atomic<int>, kMaxDevices> majors{};
-  const int device = current_device();
-  int major = majors[device].load(std::memory_order_relaxed);
-  if (major == 0) {
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    majors[device].store(major, std::memory_order_relaxed);
-  }
-  return major == 9;
-}
 
 bool fits(const ForwardShape& shape, const Inputs& in) {
   const int64_t sequences = in.queries.count > 0 ? in.queries.count : 1;

@@ -25,16 +25,23 @@ inline int current_device() {
 
 inline constexpr int kMaxDevices = 64;
 
-inline int multiprocessor_count() {
-  static std::array<std::atomic<int>, kMaxDevices> counts{};
+// Of the current device, looked up once. None that is asked for is zero.
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  static std::array<std::atomic<int>, kMaxDevices> values{};
   const int device = current_device();
-  int count = counts[device].load(std::memory_order_relaxed);
-  if (count == 0) {
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    counts[device].store(count, std::memory_order_relaxed);
+  int value = values[device].load(std::memory_order_relaxed);
+  if (value == 0) {
+    check(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
+    values[device].store(value, std::memory_order_relaxed);
   }
-  return count;
+  return value;
 }
+
+inline int multiprocessor_count() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
+
+// Whether kernels run there that are compiled for Hopper's own instructions.
+inline bool is_hopper() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 
 // What one kernel can do on the current device, looked up once.
 struct KernelTraits {

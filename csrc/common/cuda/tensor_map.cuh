@@ -21,18 +21,6 @@ struct BoxedTensor {
   int rows = 0;
 };
 
-// Of the current device: whether kernels run there that use the engine.
-inline bool has_tensor_maps() {
-  static std::array<std::atomic<int>, kMaxDevices> majors{};
-  const int device = current_device();
-  int major = majors[device].load(std::memory_order_relaxed);
-  if (major == 0) {
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    majors[device].store(major, std::memory_order_relaxed);
-  }
-  return major == 9;
-}
-
 // Whether the engine can read the tensor: it starts, and its rows start, at multiples of 16 bytes, and it is not
 // expanded.
 inline bool fits_tensor_map(const BoxedTensor& of) {
@@ -78,10 +66,6 @@ inline CUtensorMap make_tensor_map(const BoxedTensor& of) {
 
 inline constexpr bool kHasTensorMaps = true;
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Fetches a box, as start_bulk_fetch() does its bytes: by one thread.
 __device__ __forceinline__ void fetch_box(uint32_t shared, const CUtensorMap& map, int column, int token, int head,
                                           int batch, Barrier& barrier) {
@@ -105,7 +89,6 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, int column, in
 // Never called there: kernels ask first.
 inline constexpr bool kHasTensorMaps = false;
 
-__device__ inline void prefetch_tensor_map(const CUtensorMap&) {}
 __device__ inline void fetch_box(uint32_t, const CUtensorMap&, int, int, int, int, Barrier&) {}
 __device__ inline void store_box(const CUtensorMap&, int, int, int, int, uint32_t) {}
 

@@ -35,7 +35,7 @@ inline TokenRows token_rows(const ChunkParams& p, const BoxedTensor& boxes) {
 inline ChunkParams chunk_params(const Inputs& in, const Prepared& prepared, std::initializer_list<BoxedTensor> values) {
   const BoxedTensor q = key_boxes(in.q, in), k = key_boxes(in.k, in);
   ChunkParams p{in, prepared, aligned_rows(in.q) && aligned_rows(in.k), false, {}, {}};
-  bool fits = has_tensor_maps() && fits_tensor_map(q) && fits_tensor_map(k);
+  bool fits = is_hopper() && fits_tensor_map(q) && fits_tensor_map(k);
   for (const BoxedTensor& boxes : values) {
     p.aligned = p.aligned && aligned_rows(boxes.tensor);
     fits = fits && fits_tensor_map(boxes);

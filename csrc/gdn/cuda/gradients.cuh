@@ -24,8 +24,8 @@
 
 namespace inlay::gdn::cuda {
 
-// Sixteen warps, since one block is all that a multiprocessor has room for: with eight it took a tenth longer. Blocks
-// that stay and fetch their next chunk's tiles early were slower by half: more registers than there are.
+// Sixteen warps, since one block is all that a multiprocessor has room for. Blocks that stay and fetch their next
+// chunk's tiles early were much slower: more registers than there are.
 inline constexpr int kGradientParts = 4;  // of the columns, each a warpgroup's; its warps have 16 tokens each
 inline constexpr int kGradientWarps = 4 * kGradientParts;
 inline constexpr int kGradientThreads = 32 * kGradientWarps;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/cuda/bulk.cuh"
-#include "common/cuda/tensor_map.cuh"
 #include "common/cuda/warpgroup.cuh"
 #include "gdn/cuda/chunk.cuh"
 #include "gdn/cuda/inverse.cuh"

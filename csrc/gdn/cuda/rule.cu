@@ -2,8 +2,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <array>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -22,16 +20,7 @@ using namespace inlay::cuda;
 bool has_16_bits(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 
 // Whether a block can have the shared memory that the kernels for chunks take.
-bool has_room_for_chunks() {
-  static std::array<std::atomic<int>, kMaxDevices> limits{};
-  const int device = current_device();
-  int limit = limits[device].load(std::memory_order_relaxed);
-  if (limit == 0) {
-    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-    limits[device].store(limit, std::memory_order_relaxed);
-  }
-  return limit >= kChunkSharedBytes;
-}
+bool has_room_for_chunks() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>() >= kChunkSharedBytes; }
 
 bool in_chunks(const ForwardParams& p) {
   // The matrix products are of 16-bit values. Lengths have no say: packed sequences are what they are alone.
