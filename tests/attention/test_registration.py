@@ -32,7 +32,7 @@ _ARGUMENTS = (
 
 def _has_kernel(tensors: dict[str, torch.Tensor]) -> bool:
     q, v = tensors["q"], tensors["v"]
-    return kernels.has_kernel(q, v, kernels.Features(True, "mask" in tensors, "bias" in tensors, True))
+    return kernels.has_kernel(q, v, kernels.Features("mask" in tensors, "bias" in tensors, True))
 
 
 def _inputs(device: str) -> Iterator[tuple[Any, ...]]:

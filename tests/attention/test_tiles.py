@@ -21,7 +21,7 @@ DIMS += [(160, 160), (136, 152), (192, 128), (192, 192), (168, 184), (256, 256),
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("dim", "value_dim"), DIMS)
 def test_dims(dim, value_dim, dtype):
-    features = _attention_kernels.Features(False, False, False, False)
+    features = _attention_kernels.Features(False, False, False)
     for names in ((), ("causal", "gate", "sinks")):
         case = Case(queries=300, keys=333, dim=dim, value_dim=value_dim, features=names)
         tensors = case.inputs(dtype, "cuda")

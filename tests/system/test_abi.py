@@ -12,6 +12,7 @@ import pytest
 from tests.system.environment import PACKAGE
 
 _SHIMS = Path(__file__).with_name("torch_2_11_shims.txt")
+_SCHEMAS = Path(__file__).with_name("schemas.txt")
 _SYSTEM_LIBRARY = r"(libstdc\+\+|libgcc_s|libm|libc|libdl|librt|libpthread|ld-linux[\w-]*)\.so"
 
 pytestmark = pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf (binutils)")
@@ -34,6 +35,14 @@ def test_undefined_symbols(library: Path) -> None:
     unversioned = {name for name in _undefined(library) if "@" not in name}
     assert unversioned, "no symbol of torch at all: readelf's output was not understood"
     assert sorted(unversioned - allowed) == []
+
+
+def test_every_op_is_registered(library: Path) -> None:
+    """A binding that is left out of one library's sources is an op that one device lacks."""
+    content = library.read_bytes()
+    names = [line.split("(")[0].removeprefix("inlay::") for line in _SCHEMAS.read_text().splitlines()]
+    assert names
+    assert [name for name in names if f"\0{name}\0".encode() not in content] == []
 
 
 def test_needed_libraries(library: Path) -> None:

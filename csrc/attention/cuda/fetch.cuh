@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cuda/config.h"
+#include "attention/cuda/rings.cuh"
 #include "attention/cuda/tiles.cuh"
 #include "attention/params.h"
 #include "common/cuda/tensor_map.cuh"
@@ -55,20 +56,6 @@ constexpr int kForwardSharedBytes = C::kControlAt + static_cast<int>(sizeof(Forw
 
 using namespace inlay::cuda;
 
-// A place in a ring of buffers; the parity is that of the phase in which the buffer gets full.
-template <int kSize>
-struct RingPlace {
-  int index = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void step() {
-    if (++index == kSize) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Takes tiles and publishes them; a whole warp.
 template <class C>
 __device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C>& control) {
@@ -91,16 +78,6 @@ __device__ void take_tiles(const ForwardArguments& arguments, ForwardControl<C>&
     if (!any) return;
     place.step();
     number = next_tile(arguments.order, number);
-  }
-}
-
-// Fetches a box of each panel of a tile.
-__device__ __forceinline__ void fetch_panels(uint32_t to, int panels, int panel_bytes, const CUtensorMap& map,
-                                             int token, int head, int batch, Barrier& full) {
-  expect_bytes(full, panels * panel_bytes, 0);
-#pragma unroll 1
-  for (int panel = 0; panel < panels; ++panel) {
-    fetch_box(to + panel * panel_bytes, map, panel * 64, token, head, batch, full);
   }
 }
 

@@ -146,7 +146,7 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
       rows.settle(s, scale.factor);
       rows.exponentiate(s, scale.factor, added);
       rows.add(added);
-      pack_probabilities<T>(p, s);
+      pack_steps<T>(p, s);
 
       for (;;) {  // once for each tile that follows without a break
         if (const int from = control.tiles[tile.index].clear_from; from != 0) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
           keep(o);
           values_are_read();
           if (moved) rows.rescale(o);
-          pack_probabilities<T>(p, s);
+          pack_steps<T>(p, s);
         }
 
         // The last product with v, and the first with k of the next tile, which takes no other turn than this.
@@ -229,7 +229,7 @@ __device__ __forceinline__ void compute_tiles(const ForwardArguments& arguments,
         wait_for_products<0>();
         keep(o);
         values_are_read();
-        pack_probabilities<T>(p, s);
+        pack_steps<T>(p, s);
         finish_rows<T>(params, control.tiles[tile.index], finished, scale.factor, o, own_row);
         tile_is_done();
         clear_result();

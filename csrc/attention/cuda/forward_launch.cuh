@@ -6,14 +6,13 @@
 
 #include "attention/cuda/forward.cuh"
 #include "attention/cuda/launch.h"
+#include "attention/cuda/scratch.h"
 
 namespace inlay::attention::cuda {
 
 // So many heads of q are worked on together: enough that the long tiles of causal attention start early, few enough
 // that their keys and values are still in the L2 cache when the last queries come.
 constexpr int64_t kHeadsTogether = 32;
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether tiles of one place take equally long wherever they are.
 inline bool tiles_are_alike(const Inputs& in) {

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "attention/cuda/backward_rows.h"
 #include "attention/cuda/scratch.h"
 
 namespace inlay::attention {
@@ -48,6 +49,22 @@ void start_forward(const ForwardParams& params, void* stream, std::index_sequenc
   (use(std::integral_constant<std::size_t, kShapes>()) || ...);
 }
 
+const BackwardShape& backward_shape_for(const Inputs& in) {
+  for (const BackwardShape& shape : kBackwardShapes) {
+    if (in.head_dim <= shape.head_dim && in.value_dim <= shape.value_dim) return shape;
+  }
+  throw std::runtime_error("attention_bwd: q and v are too wide for CUDA");
+}
+
+template <typename T, std::size_t... kShapes>
+void start_backward(const BackwardParams& params, const BackwardShape& use, const BackwardScratch& scratch,
+                    void* stream, std::index_sequence<kShapes...>) {
+  const auto start = [&](auto shape) {
+    if (&kBackwardShapes[shape] == &use) backward_tiles<T, static_cast<int>(shape)>(params, scratch, stream);
+  };
+  (start(std::integral_constant<std::size_t, kShapes>()), ...);
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -73,10 +90,47 @@ void forward(const ForwardParams& params, void* stream) {
   }
 }
 
-int64_t scratch_bytes(const BackwardParams&) {
-  throw std::runtime_error("attention_bwd: q must be on the CPU: there are no CUDA kernels yet");
+int64_t scratch_bytes(const BackwardParams& params) {
+  cuda::check_served(params.inputs);
+  return cuda::BackwardScratch(params, cuda::backward_shape_for(params.inputs), nullptr).bytes;
 }
 
-void backward(const BackwardParams& params, void*) { scratch_bytes(params); }
+void backward(const BackwardParams& params, void* stream) {
+  using cuda::boxed;
+  BackwardParams own = params;
+  Inputs& in = own.inputs;
+  const cuda::BackwardShape& shape = cuda::backward_shape_for(in);
+  const cuda::BackwardScratch scratch(own, shape, params.scratch);
+  const auto clear = [&](const OutputTensor& out, int64_t elements) {
+    inlay::cuda::check(cudaMemsetAsync(out.data, 0, elements * 2, static_cast<cudaStream_t>(stream)),
+                       "cudaMemsetAsync");
+  };
+  const bool queries = in.batch * in.queries.tokens * in.query_heads > 0, keys = in.keys.tokens * in.key_heads > 0;
+  if (!queries) {
+    clear(own.dk, in.batch * in.keys.tokens * in.key_heads * in.head_dim);
+    clear(own.dv, in.batch * in.keys.tokens * in.key_heads * in.value_dim);
+    if (in.sinks.data) {
+      inlay::cuda::check(cudaMemsetAsync(own.dsinks.data, 0, in.query_heads * size_of(own.dsinks.dtype),
+                                         static_cast<cudaStream_t>(stream)),
+                         "cudaMemsetAsync");
+    }
+    return;
+  }
+  if (scratch.q) in.q = cuda::dense_copy(boxed(in.q, in, true, in.head_dim), scratch.q, stream);
+  if (scratch.k) in.k = cuda::dense_copy(boxed(in.k, in, false, in.head_dim), scratch.k, stream);
+  if (scratch.v) in.v = cuda::dense_copy(boxed(in.v, in, false, in.value_dim), scratch.v, stream);
+  if (scratch.dout && !in.gate.data) {
+    own.dout = cuda::dense_copy(boxed(own.dout, in, true, in.value_dim), scratch.dout, stream);
+  }
+  cuda::prepare_rows(own, scratch, stream);
+  if (in.gate.data) {
+    own.dout = {scratch.dout, in.q.dtype, in.queries.tokens * in.query_heads * in.value_dim,
+                in.query_heads * in.value_dim, in.value_dim};
+  }
+  constexpr auto kShapes = std::make_index_sequence<std::size(cuda::kBackwardShapes)>();
+  if (keys && in.q.dtype == DType::bf16) cuda::start_backward<__nv_bfloat16>(own, shape, scratch, stream, kShapes);
+  if (keys && in.q.dtype == DType::f16) cuda::start_backward<__half>(own, shape, scratch, stream, kShapes);
+  cuda::finish_rows(own, shape, scratch, stream);
+}
 
 }  // namespace inlay::attention

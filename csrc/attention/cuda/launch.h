@@ -12,6 +12,11 @@ namespace inlay::attention::cuda {
 template <typename T, int kShape>
 void forward_tiles(const ForwardParams& params, void* stream);
 
+// The backward over tiles of keys with kBackwardShapes[kShape], between prepare_rows() and finish_rows(). Likewise.
+struct BackwardScratch;
+template <typename T, int kShape>
+void backward_tiles(const BackwardParams& params, const BackwardScratch& scratch, void* stream);
+
 // A copy of a tensor of 16-bit values, [batch, tokens, heads, columns].
 TokenTensor dense_copy(const inlay::cuda::BoxedTensor& tensor, void* to, void* stream);
 

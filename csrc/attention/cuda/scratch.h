@@ -6,6 +6,8 @@
 
 namespace inlay::attention::cuda {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline inlay::cuda::BoxedTensor boxed(const TokenTensor& tensor, const Inputs& in, bool of_queries, int64_t columns) {
   return {
       tensor,  in.batch, of_queries ? in.queries.tokens : in.keys.tokens, of_queries ? in.query_heads : in.key_heads,

@@ -188,7 +188,9 @@ def fall_back(module: nn.Module, inputs: Inputs, kwargs: dict[str, Any]) -> tupl
     function, arguments = ALL_ATTENTION_FUNCTIONS["sdpa"], dict(kwargs)
     ignored = ("softcap", "s_aux", *eager.more)  # by sdpa, or refused
     wants_eager = wants_weights(kwargs) or any(kwargs.get(name) is not None for name in ignored)
-    if eager.function is None and (inputs.softcap or inputs.sinks is not None):
+    # Neither sdpa nor models' eager functions know of offsets, and tokens would see other sequences'.
+    packed = inputs.cu_seq_lens is not None and query.shape[0] == 1 and not wants_weights(kwargs)
+    if packed or (eager.function is None and (inputs.softcap or inputs.sinks is not None)):
         return compute(inputs, reference.attention), None
     if wants_eager and eager.function is not None:
         function = eager.function
@@ -308,7 +310,6 @@ def _kernel_reason(inputs: Inputs) -> str | None:
     mask = inputs.mask
     additive = mask is not None and mask.is_floating_point()
     features = _attention_kernels.Features(
-        needs_grad=checks.needs_grad(q, inputs.key, v, inputs.sinks, inputs.gate, inputs.bias),
         has_mask=mask is not None and mask.dtype == torch.bool,
         has_bias=inputs.bias is not None or additive,
         has_dropout=inputs.dropout > 0,

@@ -41,11 +41,12 @@ def inlay_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """For transformers' ``AttentionMaskInterface``; the arguments are those of its ``sdpa_mask``."""
-    from transformers import masking_utils
+    # Not as attributes of their module: torch 2.11 cannot trace the import of a part of transformers' lazy module.
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    function = causal_mask_function if mask_function is None else mask_function
     compiling = torch.compiler.is_compiling()
-    pattern = _traced_pattern(function, masking_utils) if compiling else mask_patterns.read(function)
+    pattern = _traced_pattern(function) if compiling else mask_patterns.read(function)
     can_look = not compiling and _can_look(torch.device(device), attention_mask)
     if pattern is not None and (attention_mask is None or can_look):
         may_skip = allow_is_causal_skip if pattern.is_causal else allow_is_bidirectional_skip
@@ -62,7 +63,7 @@ def inlay_mask(
             ranges = _ranges(pattern, batch_size, queries, kv_length, kv_offset, attention_mask, there, can_look)
             if ranges is not None:
                 return ranges
-    return masking_utils.sdpa_mask(
+    return sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=function, attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False,
         allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
@@ -90,11 +91,14 @@ def within_sequences(ranges: Tensor | None, tokens: int, cu_seqlens: Tensor) -> 
     return torch.stack([begin, end], -1).to(torch.int32)[None, None]
 
 
-def _traced_pattern(function: Any, masking_utils: Any) -> Pattern | None:
+def _traced_pattern(function: Any) -> Pattern | None:
     """Closures cannot be read in a traced function."""
-    for kind in ("causal_mask_function", "bidirectional_mask_function"):
-        if function is getattr(masking_utils, kind):
-            return Pattern(kind, {})
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if function is causal_mask_function:
+        return Pattern("causal_mask_function", {})
+    if function is bidirectional_mask_function:
+        return Pattern("bidirectional_mask_function", {})
     return None
 
 

@@ -14,7 +14,6 @@ _CUDA_HEAD_DIM = 256  # of q and k, and of v, at most
 class Features(NamedTuple):
     """What a call asks for beyond q, k and v."""
 
-    needs_grad: bool
     has_mask: bool
     has_bias: bool
     has_dropout: bool
@@ -23,7 +22,7 @@ class Features(NamedTuple):
 def has_kernel(q: Tensor, v: Tensor, features: Features) -> bool:
     if q.device.type != "cuda":
         return True
-    if any(features) or q.dtype not in _CUDA_DTYPES:
+    if features.has_mask or features.has_bias or features.has_dropout or q.dtype not in _CUDA_DTYPES:
         return False
     return max(q.shape[-1], v.shape[-1]) <= _CUDA_HEAD_DIM and _is_hopper(q.device)
 

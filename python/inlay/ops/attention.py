@@ -113,7 +113,7 @@ def attention(
     """
     try:
         needs_grad = checks.needs_grad(q, k, v, sinks, gate, bias)
-        features = kernels.Features(needs_grad, mask is not None, bias is not None, dropout_p > 0)
+        features = kernels.Features(mask is not None, bias is not None, dropout_p > 0)
         if not kernels.has_kernel(q, v, features):
             check_attention(
                 q, k, v, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k,
