@@ -7,7 +7,7 @@ import sys
 import torch
 
 import inlay
-from tests.attention.cases import Case
+from tests.attention.cases import Case, gradients, random_like
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DIMS = ((32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (160, 160), (192, 128), (192, 192), (256, 200))
@@ -24,7 +24,8 @@ def main(names: list[str]) -> None:
                     batch = 1 if "packed" in features else 2
                     case = Case(queries, keys, batch, dim=dim, value_dim=value_dim, features=features)
                     tensors = case.inputs(DTYPES[name], "cuda")
-                    case.run(inlay, tensors)
+                    douts = random_like(case.run(inlay, tensors))
+                    gradients(case, inlay, tensors, douts, deterministic=count % 2 == 0)
                     if not features:  # rows that the copy engine cannot read
                         tensors["k"] = torch.nn.functional.pad(tensors["k"], (1, 0))[..., 1:]
                         case.run(inlay, tensors)

@@ -32,6 +32,8 @@ __global__ __launch_bounds__(C::kThreads, 1) void backward_kernel(const __grid_c
     for (int i = 0; i < 2; ++i) {
       init_barrier(control.probabilities_full[i], 4);
       init_barrier(control.scores_full[i], 4);
+      init_barrier(control.sums[i].full, 4);
+      init_barrier(control.sums[i].free, 1);
     }
     publish_barriers();
   }
@@ -47,7 +49,11 @@ __global__ __launch_bounds__(C::kThreads, 1) void backward_kernel(const __grid_c
   if (info.row_count == 0) return;
   if (warp < 4) {
     leave_registers<24>();
-    if (warp == 0 && info.first_tile < info.end_tile) fetch_for_key_tile<C>(arguments, control, shared, info);
+    if (info.first_tile == info.end_tile) return;
+    if (warp == 0) fetch_for_key_tile<C>(arguments, control, shared, info);
+    if (C::kSumBytes > 0 && (warp == 1 || warp == 2) && threadIdx.x % 32 == 0) {
+      add_sums<C>(arguments, control.sums[warp - 1], shared + C::kSumsAt + (warp - 1) * C::kSumBytes, warp - 1);
+    }
   } else {
     take_registers<240>();
     if constexpr (C::kKeys == 128) {

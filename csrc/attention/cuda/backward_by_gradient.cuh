@@ -52,15 +52,18 @@ struct QueryGradients {
   }
 
   // All products under way are done afterwards but those of the second panel.
-  __device__ __forceinline__ void add_first(const QueryTileInfo& tile, int buffer) {
+  __device__ __forceinline__ void add_first(int tile, const QueryTileInfo& info, int buffer) {
     using T = typename C::T;
     begin_products();
     start_query_gradients<T, C::kKeySteps>(dq, advance(scores, buffer * C::ScoreTile::kBytes), keys);
     wait_for_products<0>();
     keep(dq);
-    to = own + int64_t{tile.tile} * C::kUse.dq_floats();
-    turns = arguments.turns ? arguments.turns + tile.tile * 2 + kGroup : nullptr;
-    if (turns) wait_for_others(turns, tile.turn, kGroup);
+    to = own + int64_t{tile} * C::kUse.dq_floats();
+    turns = arguments.turns ? arguments.turns + tile * 2 + kGroup : nullptr;
+    if (turns) {
+      if (threadIdx.x % 128 == 0) wait_for_others(turns, info.turn);
+      meet_at(2 + kGroup, 128);
+    }
     add_to_global(to, dq);
     if constexpr (kPanels == 2) {
       begin_products();
@@ -74,7 +77,11 @@ struct QueryGradients {
       keep(dq);
       add_to_global(to + 8 * 512, dq);
     }
-    if (turns) let_next_come(turns, kGroup);
+    if (turns) {
+      __threadfence();
+      meet_at(2 + kGroup, 128);
+      if (threadIdx.x % 128 == 0) let_next_come(turns);
+    }
   }
 };
 
@@ -87,7 +94,7 @@ __device__ __forceinline__ void compute_value_gradients(const BackwardArguments&
   Accumulator dv[C::kValueTiles];
   clear(dv);
   if (info.first_tile < info.end_tile) {
-    const BackwardScale scale(in);
+    const BackwardScale<C::kUse.capped> scale(in);
     const uint64_t keys = matrix_descriptor(shared, C::KeyTile::kPanelBytes);
     const uint64_t first_queries = matrix_descriptor(shared + C::kSlotsAt, C::QueryTile::kPanelBytes);
     const uint64_t first_results =
@@ -98,21 +105,21 @@ __device__ __forceinline__ void compute_value_gradients(const BackwardArguments&
     RingPlace<2> buffer;
     Accumulator s[C::kQueryTiles];
     const auto start_next = [&] {
-      const QueryTileInfo tile = wait_for_queries(control, shared, slot);
-      if (tile.tile >= 0) {
+      const int tile = wait_for_queries(control, shared, slot);
+      if (tile >= 0) {
         begin_products();
         start_scores<T, C::kDepthSteps, typename C::KeyTile, typename C::QueryTile>(
             s, keys, advance(first_queries, slot.index * C::kSlotBytes));
       }
       return tile;
     };
-    QueryTileInfo tile = start_next();
+    int tile = start_next();
     wait_for_products<0>();
     bool first = true;
 #pragma unroll 1
-    while (tile.tile >= 0) {
+    while (tile >= 0) {
       keep(s);
-      find_probabilities(s, scale, OwnColumns(control.rows[slot.index]), tile.hidden, own_row);
+      find_probabilities(s, scale, OwnColumns(control.rows[slot.index]), control.rows[slot.index].info.hidden, own_row);
       Fragment p[C::kQuerySteps];
       pack_steps<T>(p, s);
       hand_over(shared + C::kProbabilitiesAt + buffer.index * C::ScoreTile::kBytes, p);
@@ -123,9 +130,9 @@ __device__ __forceinline__ void compute_value_gradients(const BackwardArguments&
       start_gradients<T>(dv, p, advance(first_results, slot.index * C::kSlotBytes));
       const int used = slot.index;
       slot.step();
-      const QueryTileInfo next = start_next();
+      const int next = start_next();
       wait_at(control.scores_full[buffer.index], buffer.parity);
-      dq.add_first(tile, buffer.index);
+      dq.add_first(tile, control.rows[used].info, buffer.index);
       if (lane == 0) arrive(control.free[used]);
       buffer.step();
       tile = next;
@@ -145,7 +152,7 @@ __device__ __forceinline__ void compute_key_gradients(const BackwardArguments& a
   Accumulator dk[C::kDepthTiles];
   clear(dk);
   if (info.first_tile < info.end_tile) {
-    const BackwardScale scale(in);
+    const BackwardScale<C::kUse.capped> scale(in);
     const uint64_t values = matrix_descriptor(shared + C::kValuesAt, C::ValueTile::kPanelBytes);
     const uint64_t first_queries = matrix_descriptor(shared + C::kSlotsAt, C::QueryTile::kPanelBytes);
     const uint64_t first_results =
@@ -156,19 +163,19 @@ __device__ __forceinline__ void compute_key_gradients(const BackwardArguments& a
     RingPlace<2> buffer;
     Accumulator dp[C::kQueryTiles];
     const auto start_next = [&] {
-      const QueryTileInfo tile = wait_for_queries(control, shared, slot);
-      if (tile.tile >= 0) {
+      const int tile = wait_for_queries(control, shared, slot);
+      if (tile >= 0) {
         begin_products();
         start_scores<T, C::kValueSteps, typename C::ValueTile, typename C::ResultTile>(
             dp, values, advance(first_results, slot.index * C::kSlotBytes));
       }
       return tile;
     };
-    QueryTileInfo tile = start_next();
+    int tile = start_next();
     wait_for_products<0>();
     bool first = true;
 #pragma unroll 1
-    while (tile.tile >= 0) {
+    while (tile >= 0) {
       keep(dp);
       wait_at(control.probabilities_full[buffer.index], buffer.parity);
       Accumulator p[C::kQueryTiles];
@@ -193,9 +200,9 @@ __device__ __forceinline__ void compute_key_gradients(const BackwardArguments& a
       start_gradients<T>(dk, ds, advance(first_queries, slot.index * C::kSlotBytes));
       const int used = slot.index;
       slot.step();
-      const QueryTileInfo next = start_next();
+      const int next = start_next();
       wait_at(control.scores_full[buffer.index], buffer.parity);
-      dq.add_first(tile, buffer.index);
+      dq.add_first(tile, control.rows[used].info, buffer.index);
       if (lane == 0) arrive(control.free[used]);
       buffer.step();
       tile = next;

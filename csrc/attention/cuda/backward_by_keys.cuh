@@ -23,7 +23,7 @@ __device__ __forceinline__ void compute_half_of_keys(const BackwardArguments& ar
   clear(dv);
 
   if (info.first_tile < info.end_tile) {
-    const BackwardScale scale(in);
+    const BackwardScale<C::kUse.capped> scale(in);
     const uint64_t own_keys = matrix_descriptor(shared + group * 64 * 128, C::KeyTile::kPanelBytes);
     const uint64_t own_values = matrix_descriptor(shared + C::kValuesAt + group * 64 * 128, C::ValueTile::kPanelBytes);
     const uint64_t first_queries = matrix_descriptor(shared + C::kSlotsAt, C::QueryTile::kPanelBytes);
@@ -31,48 +31,58 @@ __device__ __forceinline__ void compute_half_of_keys(const BackwardArguments& ar
         matrix_descriptor(shared + C::kSlotsAt + C::QueryTile::kBytes, C::ResultTile::kPanelBytes);
     // This group's half of dq: its columns of k, or its columns of dS'.
     constexpr bool kByColumns = C::kUse.halves_are_columns();
+    constexpr int kHalfBytes = C::kUse.half_columns() == 64 ? C::KeyTile::kPanelBytes : C::kUse.half_columns() * 2;
     const uint64_t half_keys =
-        matrix_descriptor(shared + (kByColumns ? group * C::KeyTile::kPanelBytes : 0), C::KeyTile::kPanelBytes);
+        matrix_descriptor(shared + (kByColumns ? group * kHalfBytes : 0), C::KeyTile::kPanelBytes);
     const uint64_t half_scores = matrix_descriptor(
         shared + C::kScoresAt + (kByColumns ? 0 : group * C::ScoreTile::kPanelBytes), C::ScoreTile::kPanelBytes);
-    float* const own_dq =
-        arguments.dq + (group * C::kUse.dq_floats() / 2 + static_cast<int>(threadIdx.x % 128) * 4);
+    const uint64_t own_scores = matrix_descriptor(shared + C::kScoresAt + group * 64 * 128, C::ScoreTile::kPanelBytes);
+    const uint32_t sums = shared + C::kSumsAt + group * C::kSumBytes;
 
     wait_for_keys(control, shared, info.clear_from);
     RingPlace<C::kStages> slot;
     int last_slot = -1, buffer = 0;
-    Fragment ds[C::kQuerySteps];
+    const auto start_key_gradients = [&] {
+      const uint64_t queries = advance(first_queries, slot.index * C::kSlotBytes);
+      const uint64_t scores = advance(own_scores, buffer * C::ScoreTile::kBytes);
+#pragma unroll
+      for (int step = 0; step < C::kQuerySteps; ++step) {
+        start_product_of<T, C::kDepthTiles, false, true>(
+            dk, advance(scores, step / 4 * C::ScoreTile::kPanelBytes + step % 4 * 32), advance(queries, step * 2048),
+            1);
+      }
+      commit_products();
+    };
+
 #pragma unroll 1
     for (;;) {
-      const QueryTileInfo tile = wait_for_queries(control, shared, slot);
-      if (tile.tile < 0) break;
+      const int tile = wait_for_queries(control, shared, slot);
+      if (tile < 0) break;
       const OwnColumns columns(control.rows[slot.index]);
-      const uint64_t queries = advance(first_queries, slot.index * C::kSlotBytes);
       const uint64_t results = advance(first_results, slot.index * C::kSlotBytes);
-
       Accumulator s[C::kQueryTiles], dp[C::kQueryTiles];
       begin_products();
-      start_scores<T, C::kDepthSteps, typename C::KeyTile, typename C::QueryTile>(s, own_keys, queries);
+      start_scores<T, C::kDepthSteps, typename C::KeyTile, typename C::QueryTile>(
+          s, own_keys, advance(first_queries, slot.index * C::kSlotBytes));
       start_scores<T, C::kValueSteps, typename C::ValueTile, typename C::ResultTile>(dp, own_values, results);
       wait_for_products<1>();  // s, and the last tile's dk
       keep(s);
       if (last_slot >= 0 && lane == 0) arrive(control.free[last_slot]);
       last_slot = slot.index;
-      find_probabilities(s, scale, columns, tile.hidden, own_row);
-      Fragment p[C::kQuerySteps];
-      pack_steps<T>(p, s);
-
-      begin_products();
-      start_gradients<T>(dv, p, results);
-      wait_for_products<1>();  // dp
+      find_probabilities(s, scale, columns, control.rows[slot.index].info.hidden, own_row);
+      wait_for_products<0>();  // dp
       keep(dp);
       find_slopes(dp, s, scale, columns);
+      Fragment p[C::kQuerySteps], ds[C::kQuerySteps];
 #pragma unroll
       for (int i = 0; i < C::kQueryTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) s[i][j] *= dp[i][j];
+        p[i / 2][i % 2 * 2] = pack_pair<T>(s[i][0], s[i][1]);
+        p[i / 2][i % 2 * 2 + 1] = pack_pair<T>(s[i][2], s[i][3]);
+        ds[i / 2][i % 2 * 2] = pack_pair<T>(s[i][0] * dp[i][0], s[i][1] * dp[i][1]);
+        ds[i / 2][i % 2 * 2 + 1] = pack_pair<T>(s[i][2] * dp[i][2], s[i][3] * dp[i][3]);
       }
-      pack_steps<T>(ds, s);
+      begin_products();
+      start_gradients<T>(dv, p, results);
       const TileView<T, C::kKeys, C::kQueries> scores{shared + C::kScoresAt + buffer * C::ScoreTile::kBytes};
 #pragma unroll
       for (int step = 0; step < C::kQuerySteps; ++step) scores.store_rows_first(ds[step], first_row, step * 16);
@@ -80,26 +90,22 @@ __device__ __forceinline__ void compute_half_of_keys(const BackwardArguments& ar
       // All of dS' is there; and, as nobody comes here before its last product with the other buffer, that is free.
       meet_both();
 
-      Accumulator dq[8];
+      Accumulator dq[C::kUse.half_columns() / 8];
       begin_products();
       start_query_gradients<T, C::kKeySteps>(dq, advance(half_scores, buffer * C::ScoreTile::kBytes), half_keys);
-      start_gradients<T>(dk, ds, queries);
+      start_key_gradients();
       wait_for_products<1>();  // dv and dq
       keep(dq);
-      unsigned* const turns = arguments.turns ? arguments.turns + tile.tile * 2 + group : nullptr;
-      if (turns) wait_for_others(turns, tile.turn, group);
-      add_to_global(own_dq + int64_t{tile.tile} * C::kUse.dq_floats(), dq);
-      if (turns) let_next_come(turns, group);
-      if constexpr (!C::kUse.dk_overlaps) {
-        wait_for_products<0>();
-        keep(dk);
-      }
+      hand_sums_over(control.sums[group], sums, dq, control.rows[slot.index].info, buffer);
       buffer ^= 1;
       slot.step();
     }
     wait_for_products<0>();
     keep(dk);
     keep(dv);
+    wait_at(control.sums[group].free, buffer ^ 1);
+    if (threadIdx.x % 128 == 0) control.sums[group].tile = -1;
+    arrive_as_warp(control.sums[group].full);
   }
   store_key_rows<T>(arguments.params.dk, in, info, own_row, in.head_dim, dk, static_cast<float>(in.scale));
   store_key_rows<T>(arguments.params.dv, in, info, own_row, in.value_dim, dv, 1.0f);

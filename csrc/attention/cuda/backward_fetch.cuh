@@ -41,7 +41,9 @@ struct BackwardConfig {
   static constexpr int kSlotBytes = QueryTile::kBytes + ResultTile::kBytes;
   static constexpr int kScoresAt = kSlotsAt + kStages * kSlotBytes;
   static constexpr int kProbabilitiesAt = kScoresAt + 2 * ScoreTile::kBytes;  // from one group to the other
-  static constexpr int kControlAt = kProbabilitiesAt + (kKeys == 64 ? 2 * ScoreTile::kBytes : 0);
+  static constexpr int kSumsAt = kProbabilitiesAt + (kKeys == 64 ? 2 * ScoreTile::kBytes : 0);
+  static constexpr int kSumBytes = kKeys == 64 ? 0 : kUse.half_columns() * 64 * 4;  // of each group, on the way to dq
+  static constexpr int kControlAt = kSumsAt + kGroups * kSumBytes;
 };
 
 // A tile of queries that has come.
@@ -59,12 +61,19 @@ struct alignas(16) QueryRows {
   QueryTileInfo info;
 };
 
+// Of one group's columns of dq on the way to global memory: what tile they are of.
+struct SumControl {
+  inlay::cuda::Barrier full, free;
+  int tile, turn;
+};
+
 template <class C>
 struct BackwardControl {
   using Barrier = inlay::cuda::Barrier;
   KeyTileInfo info;
   QueryRows<C::kQueries> rows[C::kStages];
   Barrier keys_full, full[C::kStages], free[C::kStages];
+  SumControl sums[C::kGroups];
   Barrier probabilities_full[2], scores_full[2];  // of the two groups of 64 keys
 };
 

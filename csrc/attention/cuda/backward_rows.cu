@@ -46,13 +46,13 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows_kernel(PrepareParams
   for (int64_t i = first; i < p.turn_count; i += step) p.turns[i] = 0;
 
   const int lanes = p.row_lanes, lane = static_cast<int>(threadIdx.x) % lanes, columns = static_cast<int>(in.value_dim);
-  const int64_t rows = in.batch * in.queries.tokens * in.query_heads;
+  const int64_t rows = in.batch * in.queries.tokens * in.query_heads;  // fewer than 2^32
+  const uint32_t tokens = static_cast<uint32_t>(in.queries.tokens), heads = static_cast<uint32_t>(in.query_heads);
   // Whole warps go round together, for the sums.
   for (int64_t at = first / lanes; at - first / lanes % (32 / lanes) < rows; at += step / lanes) {
-    const int64_t row = min(at, rows - 1);
-    const int64_t token = row / in.query_heads, batch = token / in.queries.tokens;
-    const int head = static_cast<int>(row % in.query_heads);
-    const int64_t place = token % in.queries.tokens;
+    const uint32_t index = static_cast<uint32_t>(min(at, rows - 1));  // in the order of lse
+    const uint32_t sequence = index / tokens, place = index % tokens, batch = sequence / heads, head = sequence % heads;
+    const int64_t row = (int64_t{batch} * tokens + place) * heads + head;  // of contiguous tensors
     const T* const dy = static_cast<const T*>(backward.dout.data) + backward.dout.offset(batch, place, head);
     const T* const o = static_cast<const T*>(backward.o.data) + backward.o.offset(batch, place, head);
     float delta = 0.0f;
@@ -78,7 +78,6 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows_kernel(PrepareParams
     }
     for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, other);
     if (lane == 0 && at < rows) {
-      const int64_t index = (batch * in.query_heads + head) * in.queries.tokens + place;
       const float lse = static_cast<const float*>(backward.lse.data)[index];
       p.log_scales[index] = lse == -INFINITY ? -INFINITY : -lse * kLog2OfE;
       p.deltas[index] = backward.dlse.data ? delta - static_cast<const float*>(backward.dlse.data)[index] : delta;
@@ -181,6 +180,7 @@ void prepare(const BackwardParams& params, const BackwardScratch& scratch, void*
                   scratch.turns, scratch.turn_count, scratch.dout,   1};
   while (p.row_lanes < 32 && p.row_lanes * 8 < params.inputs.value_dim) p.row_lanes *= 2;
   const int64_t rows = params.inputs.batch * params.inputs.queries.tokens * params.inputs.query_heads;
+  if (rows >= int64_t{1} << 32) throw std::runtime_error("attention_bwd: q must have fewer than 2^32 rows");
   const auto launch = resident_launch<prepare_rows_kernel<T>, kRowThreads, 0, PrepareParams>(
       divide_up(rows * p.row_lanes, kRowThreads));
   launch.start(p, launch.blocks, stream);
@@ -190,12 +190,8 @@ template <typename T>
 void finish(const BackwardParams& params, const BackwardShape& shape, const BackwardScratch& scratch, void* stream) {
   const Inputs& in = params.inputs;
   const int64_t tiles = query_tiles(in, shape.queries);
-  const FinishParams p{in,
-                       scratch.dq,
-                       params.dq.data,
-                       shape.half_columns(),
-                       static_cast<int>(tiles),
-                       shape.halves_are_columns()};
+  const FinishParams p{
+      in, scratch.dq, params.dq.data, shape.half_columns(), static_cast<int>(tiles), shape.halves_are_columns()};
   const dim3 grid(static_cast<unsigned>(tiles * in.batch * in.query_heads * 2));
   if (shape.queries == 64) {
     start<finish_queries_kernel<T, 64>, 128>(p, grid, stream);

@@ -13,15 +13,14 @@ constexpr float kLog2OfE = 1.4426950408889634f;
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // From products of q and k to exponents of 2, and the slope of that.
+template <bool kCapped>
 struct BackwardScale {
-  float factor, inner, inverse;  // exponent = factor * x, or factor * tanh(inner * x); 1 / factor
-  bool capped;
+  float factor, inner, inverse;  // exponent = factor * x, or capped factor * tanh(inner * x); 1 / factor
 
   __device__ explicit BackwardScale(const Inputs& in) {
     const float scale = static_cast<float>(in.scale), cap = static_cast<float>(in.softcap);
-    capped = cap > 0.0f;
+    factor = kLog2OfE * (kCapped ? cap : scale);
     inner = scale / cap;
-    factor = kLog2OfE * (capped ? cap : scale);
     inverse = 1.0f / factor;
   }
 };
@@ -47,30 +46,68 @@ __device__ __forceinline__ float2 load_pair(uint32_t shared) {
 // The two groups meet.
 __device__ __forceinline__ void meet_both() { meet_at(1, 256); }
 
-// Adds 64 columns to dq, whoever else does so.
-__device__ __forceinline__ void add_to_global(float* to, const Accumulator (&dq)[8]) {
+// Adds to columns of dq, whoever else does so.
+template <int kTiles>
+__device__ __forceinline__ void add_to_global(float* to, const Accumulator (&dq)[kTiles]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kTiles; ++i) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + i * 512), "f"(dq[i][0]),
                  "f"(dq[i][1]), "f"(dq[i][2]), "f"(dq[i][3])
                  : "memory");
   }
 }
 
-// Waits until `turn` others have been there, by one warpgroup.
-__device__ __forceinline__ void wait_for_others(const unsigned* turns, unsigned turn, int group) {
-  if (threadIdx.x % 128 == 0) {
-    unsigned seen;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(turns) : "memory");
-    } while (seen != turn);
-  }
-  meet_at(2 + group, 128);
+// Waits until `turn` others have been there.
+__device__ __forceinline__ void wait_for_others(const unsigned* turns, unsigned turn) {
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(turns) : "memory");
+  } while (seen != turn);
 }
-__device__ __forceinline__ void let_next_come(unsigned* turns, int group) {
+__device__ __forceinline__ void let_next_come(unsigned* turns) {
   __threadfence();
-  meet_at(2 + group, 128);
-  if (threadIdx.x % 128 == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(turns) : "memory");
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(turns) : "memory");
+}
+
+// Hands columns of dq to the warp that adds them to those of other blocks.
+template <int kTiles>
+__device__ __forceinline__ void hand_sums_over(SumControl& control, uint32_t place, const Accumulator (&dq)[kTiles],
+                                               const QueryTileInfo& tile, int phase) {
+  wait_at(control.free, phase ^ 1);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    store_shared(place + (i * 128 + threadIdx.x % 128) * 16,
+                 uint4{__float_as_uint(dq[i][0]), __float_as_uint(dq[i][1]), __float_as_uint(dq[i][2]),
+                       __float_as_uint(dq[i][3])});
+  }
+  if (threadIdx.x % 128 == 0) {
+    control.tile = tile.tile;
+    control.turn = tile.turn;
+  }
+  publish_shared();
+  arrive_as_warp(control.full);
+}
+
+// One thread adds what a group hands over.
+template <class C>
+__device__ __forceinline__ void add_sums(const BackwardArguments& arguments, SumControl& control, uint32_t place,
+                                         int group) {
+  for (int phase = 0;; phase ^= 1) {
+    wait_at(control.full, phase);
+    const int tile = control.tile;
+    if (tile < 0) return;
+    const int64_t half = int64_t{tile} * 2 + group;
+    float* const to = arguments.dq + half * (C::kUse.dq_floats() / 2);
+    if (arguments.turns) wait_for_others(arguments.turns + half, control.turn);
+    start_bulk_add(to, place, C::kSumBytes);
+    if (arguments.turns) {
+      wait_until_stored();
+      let_next_come(arguments.turns + half);
+    } else {
+      wait_for_stores();
+    }
+    arrive(control.free);
+  }
 }
 
 template <typename T, int kTiles>
@@ -102,10 +139,10 @@ struct OwnColumns {
 };
 
 // Products of keys and queries, with keys as rows, become probabilities.
-template <int kTiles>
-__device__ __forceinline__ void find_probabilities(Accumulator (&s)[kTiles], const BackwardScale& scale,
+template <bool kCapped, int kTiles>
+__device__ __forceinline__ void find_probabilities(Accumulator (&s)[kTiles], const BackwardScale<kCapped>& scale,
                                                    const OwnColumns& columns, bool hidden, int own_row) {
-  if (scale.capped) {
+  if constexpr (kCapped) {
 #pragma unroll
     for (Accumulator& c : s) {
 #pragma unroll
@@ -138,9 +175,9 @@ __device__ __forceinline__ void find_probabilities(Accumulator (&s)[kTiles], con
 
 // dp becomes what probabilities are multiplied by: dS = P (dP - delta), times the softcap's slope. That comes from the
 // probability: there are no registers for what it was the power of.
-template <int kTiles>
+template <bool kCapped, int kTiles>
 __device__ __forceinline__ void find_slopes(Accumulator (&dp)[kTiles], const Accumulator (&p)[kTiles],
-                                            const BackwardScale& scale, const OwnColumns& columns) {
+                                            const BackwardScale<kCapped>& scale, const OwnColumns& columns) {
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const float2 delta = load_pair(columns.deltas + i * 32);
@@ -149,14 +186,15 @@ __device__ __forceinline__ void find_slopes(Accumulator (&dp)[kTiles], const Acc
     dp[i][2] -= delta.x;
     dp[i][3] -= delta.y;
   }
-  if (!scale.capped) return;
+  if constexpr (kCapped) {
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    const float2 log_scale = load_pair(columns.log_scales + i * 32);
+    for (int i = 0; i < kTiles; ++i) {
+      const float2 log_scale = load_pair(columns.log_scales + i * 32);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float x = (__log2f(p[i][j]) - (j % 2 ? log_scale.y : log_scale.x)) * scale.inverse;
-      dp[i][j] *= 1.0f - fminf(x * x, 1.0f);
+      for (int j = 0; j < 4; ++j) {
+        const float x = (__log2f(p[i][j]) - (j % 2 ? log_scale.y : log_scale.x)) * scale.inverse;
+        dp[i][j] *= 1.0f - fminf(x * x, 1.0f);
+      }
     }
   }
 }
@@ -184,12 +222,12 @@ __device__ __forceinline__ void start_gradients(Accumulator (&c)[kTiles], const 
   commit_products();
 }
 
-// c = 64 columns of dS', transposed, times 64 columns of k.
-template <typename T, int kSteps>
-__device__ __forceinline__ void start_query_gradients(Accumulator (&c)[8], uint64_t scores, uint64_t keys) {
+// c = 64 columns of dS', transposed, times columns of k.
+template <typename T, int kSteps, int kTiles>
+__device__ __forceinline__ void start_query_gradients(Accumulator (&c)[kTiles], uint64_t scores, uint64_t keys) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    start_product_of<T, 8, true, true>(c, advance(scores, step * 2048), advance(keys, step * 2048), step != 0);
+    start_product_of<T, kTiles, true, true>(c, advance(scores, step * 2048), advance(keys, step * 2048), step != 0);
   }
   commit_products();
 }
@@ -211,12 +249,12 @@ __device__ __forceinline__ void wait_for_keys(BackwardControl<C>& control, uint3
   meet_both();
 }
 
-// Likewise for a tile of queries. What it is.
+// Likewise for a tile of queries. Its number; what else there is to know is read where it is needed.
 template <class C>
-__device__ __forceinline__ QueryTileInfo wait_for_queries(BackwardControl<C>& control, uint32_t shared,
-                                                          const RingPlace<C::kStages>& slot) {
+__device__ __forceinline__ int wait_for_queries(BackwardControl<C>& control, uint32_t shared,
+                                                const RingPlace<C::kStages>& slot) {
   wait_at(control.full[slot.index], slot.parity);
-  const QueryTileInfo tile = control.rows[slot.index].info;
+  const QueryTileInfo& tile = control.rows[slot.index].info;
   if (tile.tile >= 0 && tile.clear_from < C::kQueries) {
     const uint32_t to = shared + C::kSlotsAt + slot.index * C::kSlotBytes;
     clear_rows<typename C::QueryTile>(to, tile.clear_from);
@@ -224,7 +262,7 @@ __device__ __forceinline__ QueryTileInfo wait_for_queries(BackwardControl<C>& co
     publish_shared();
     meet_both();
   }
-  return tile;
+  return tile.tile;
 }
 
 #endif

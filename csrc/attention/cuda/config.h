@@ -53,27 +53,33 @@ constexpr int forward_shape(int head_dim, int value_dim, int queries = kAnyLengt
 
 // What one block of the backward works on: a tile of keys, and tile after tile of the queries that see some of them.
 struct BackwardShape {
-  int head_dim;      // the kernel's, of q and k; a tensor's may be smaller
-  int value_dim;     // likewise
-  int keys;          // 128: each of two warpgroups has half of them; 64: one has dv of all, the other dk
-  int queries;       // a tile of them
-  int stages;        // tiles of q and of the result's gradient in shared memory
-  bool dk_overlaps;  // the last product of a tile is still under way when the next tile's first begin
+  int head_dim;   // the kernel's, of q and k; a tensor's may be smaller
+  int value_dim;  // likewise
+  int keys;       // 128: each of two warpgroups has half of them; 64: one has dv of all, the other dk
+  int queries;    // a tile of them
+  int stages;     // tiles of q and of the result's gradient in shared memory
+  bool capped;    // for a softcap, which takes registers
 
-  // dq's tiles are added up in halves, each by one warpgroup: of 64 queries, or of the columns, in whole panels of 64.
+  // dq's tiles are added up in halves, each by one warpgroup: of 64 queries, or of the columns.
   constexpr bool halves_are_columns() const { return queries == 64; }
-  constexpr int half_columns() const { return halves_are_columns() ? (head_dim + 127) / 128 * 64 : 64; }
+  constexpr int half_columns() const {
+    return !halves_are_columns() ? 64 : head_dim <= 64 ? 32 : (head_dim + 127) / 128 * 64;
+  }
   constexpr int dq_floats() const { return 2 * 64 * half_columns(); }  // of a tile
 };
 
 inline constexpr BackwardShape kBackwardShapes[] = {
-    {64, 64, 128, 128, 3, false}, {96, 96, 128, 64, 3, true},   {128, 128, 128, 64, 3, true},
-    {192, 128, 64, 64, 2, true},  {192, 192, 64, 64, 2, true}, {256, 256, 64, 64, 2, true},
+    {64, 64, 128, 128, 2, false}, {96, 96, 128, 64, 2, false},  {128, 128, 128, 64, 2, false},
+    {128, 128, 128, 64, 2, true}, {192, 128, 64, 64, 2, false}, {192, 192, 64, 64, 2, false},
+    {256, 256, 64, 64, 2, false}, {256, 256, 64, 64, 2, true},
 };
 
-constexpr int backward_shape(int head_dim, int value_dim) {
+constexpr int backward_shape(int head_dim, int value_dim, bool capped = false) {
   int i = 0;
-  while (kBackwardShapes[i].head_dim != head_dim || kBackwardShapes[i].value_dim != value_dim) ++i;
+  while (kBackwardShapes[i].head_dim != head_dim || kBackwardShapes[i].value_dim != value_dim ||
+         kBackwardShapes[i].capped != capped) {
+    ++i;
+  }
   return i;
 }
 

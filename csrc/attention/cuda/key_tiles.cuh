@@ -9,13 +9,13 @@ namespace inlay::attention::cuda {
 struct KeyTileInfo {
   int batch;
   int key_head;
-  int first_key, row_count;         // of the sequence; rows that it has of the tile, those without a visible key too
-  int key_row, query_row;           // tokens of the tile's first key, and of the sequence's first query
-  int query_count;                  // of the sequence
-  int key_count, diagonal;          // the sequence's visible keys, and how many more keys than queries it has
-  int first_tile, end_tile;         // tiles of queries, some of which may see a key
-  int first_query_tile;             // what the sequence's first one counts among all of its head
-  int clear_from;                   // rows from here on are not to be counted, and may hold anything
+  int first_key, row_count;  // of the sequence; rows that it has of the tile, those without a visible key too
+  int key_row, query_row;    // tokens of the tile's first key, and of the sequence's first query
+  int query_count;           // of the sequence
+  int key_count, diagonal;   // the sequence's visible keys, and how many more keys than queries it has
+  int first_tile, end_tile;  // tiles of queries, some of which may see a key
+  int first_query_tile;      // what the sequence's first one counts among all of its head
+  int clear_from;            // rows from here on are not to be counted, and may hold anything
 };
 
 // Tiles of keys are numbered by group of heads, then by place in the sequence, then by head of the group: of causal

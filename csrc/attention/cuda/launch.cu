@@ -51,7 +51,8 @@ void start_forward(const ForwardParams& params, void* stream, std::index_sequenc
 
 const BackwardShape& backward_shape_for(const Inputs& in) {
   for (const BackwardShape& shape : kBackwardShapes) {
-    if (in.head_dim <= shape.head_dim && in.value_dim <= shape.value_dim) return shape;
+    const bool fits = in.head_dim <= shape.head_dim && in.value_dim <= shape.value_dim;
+    if (fits && shape.capped == (in.softcap > 0)) return shape;
   }
   throw std::runtime_error("attention_bwd: q and v are too wide for CUDA");
 }

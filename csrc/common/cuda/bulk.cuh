@@ -43,6 +43,13 @@ __device__ __forceinline__ void start_bulk_store(void* global, uint32_t shared, 
                : "memory");
 }
 
+// Adds float32 values in shared memory to those in global memory, whoever else does so.
+__device__ __forceinline__ void start_bulk_add(float* global, uint32_t shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
+               "r"(bytes)
+               : "memory");
+}
+
 template <int kThreads>
 __device__ __forceinline__ void fetch_bytes(uint32_t shared, const void* global, int bytes, Barrier& barrier,
                                             unsigned thread) {
@@ -58,6 +65,10 @@ __device__ __forceinline__ void store_bytes_bulk(void* global, uint32_t shared, 
 
 __device__ __forceinline__ void wait_for_stores() {
   asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// Until they are in global memory as well.
+__device__ __forceinline__ void wait_until_stored() {
+  asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 #else
