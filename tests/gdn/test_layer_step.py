@@ -12,6 +12,7 @@ from inlay import reference
 from tests.gdn.layer_cases import CASES, STATES, LayerCase, Tensors, with_own_states
 from tests.support.compare import assert_matches_eager, assert_same_bits, assert_within_budget
 from tests.support.devices import HALVES
+from tests.support.on_cuda import capture
 
 OP = "gdn_layer_step"
 
@@ -187,14 +188,7 @@ def test_a_sequence_does_not_depend_on_the_others(batch, device):
 def test_in_a_cuda_graph(case):
     tensors = with_own_states(case.inputs(torch.bfloat16, "cuda"))
     expected = with_own_states(tensors)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        case.run(inlay, with_own_states(tensors))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = case.run(inlay, tensors)
+    graph, y = capture(lambda: case.run(inlay, tensors), warm_up=lambda: case.run(inlay, with_own_states(tensors)))
     for _ in range(4):
         fresh = case.inputs(torch.bfloat16, "cuda")
         for name in ("mixed_qkv", "z", "a", "b"):
