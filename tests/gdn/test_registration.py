@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.ops import gdn as ops
+from inlay.ops.gdn import rule as ops
 from tests.gdn.cases import LEAVES, Case
 from tests.gdn.layer_cases import STATES, LayerCase, with_own_states
 from tests.support.compare import assert_same_bits
