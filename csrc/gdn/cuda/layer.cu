@@ -2,9 +2,6 @@
 #include "gdn/cuda/aligned.h"
 #include "gdn/cuda/layer.cuh"
 
-#include <algorithm>
-#include <stdexcept>
-
 #include "gdn/cuda/recurrent.h"
 
 namespace inlay::gdn {
@@ -17,10 +14,11 @@ template <typename T, int kRows>
 void launch(const LayerStepParams& p, void* stream) {
   constexpr int kSharedBytes = sizeof(LayerShared<kRows>);
   const bool has_clusters = kernel_traits<layer_step_kernel<T, kRows>>(kLayerThreads, kSharedBytes).dependent_launch;
-  const int64_t blocks = has_clusters ? std::min(p.group(), kMaxCluster) : 1;
+  const int64_t blocks = !has_clusters ? 1 : p.group() < kMaxCluster ? p.group() : kMaxCluster;
   LayerKernelParams params{p, static_cast<int>(blocks), aligned_state(p.state), 0};
   for (; params.first_sequence < p.conv.batch; params.first_sequence += kMaxGridSequences) {
-    const int64_t count = std::min(p.conv.batch - params.first_sequence, kMaxGridSequences);
+    const int64_t left = p.conv.batch - params.first_sequence;
+    const int64_t count = left < kMaxGridSequences ? left : kMaxGridSequences;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.key_heads), static_cast<unsigned>(count));
     start<layer_step_kernel<T, kRows>, kLayerThreads, kSharedBytes>(params, grid, stream, static_cast<int>(blocks));
   }
@@ -43,7 +41,7 @@ void layer_step(const LayerStepParams& params, void* stream) {
     case DType::f32:
       return cuda::launch<float>(params, stream);
     default:
-      throw std::runtime_error("inlay: mixed_qkv must be float32, bfloat16 or float16 on CUDA, got float64");
+      inlay::cuda::fail("inlay: mixed_qkv must be float32, bfloat16 or float16 on CUDA, got float64");
   }
 }
 
