@@ -88,7 +88,9 @@ def _layer_step_cases(device: str) -> Iterator[tuple[Any, ...]]:
     for dtype, state_dtype in ((F32, F32), (BF16, F32), (BF16, BF16)):
         case = LayerCase(tokens=3, conv_bias=dtype == BF16)
         tensors = case.inputs(dtype, device, state_dtype)
-        yield *tensors.values(), case.key_heads, 1e-6, 1.0
+        yield *tensors.values(), None, case.key_heads, 1e-6, 1.0
+        state = tensors["state"]
+        yield *tensors.values(), state.new_empty(2, 3, *state.shape[1:]), case.key_heads, 1e-6, 1.0
 
 
 # Every raw op's argument lists, for opcheck; a test of the whole package holds its keys to the registered ops.

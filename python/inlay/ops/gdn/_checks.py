@@ -65,3 +65,14 @@ def check_no_overlap(op: str, state: Tensor) -> None:
             f"{op}: state must not overlap itself: a dense [Hv, K, V] for each of the batch, got strides"
             f" {list(state.stride())}"
         )
+
+
+def check_states_out(op: str, states_out: Tensor | None, tokens: int, state: Tensor, q: Tensor, of: str) -> None:
+    """Of a checked ``state`` after each of the tokens; None: not wanted."""
+    if states_out is None:
+        return
+    shape = (state.shape[0], tokens, *state.shape[1:])
+    check_state(op, "states_out", states_out, shape, "B, T, Hv, K, V", q, of)
+    checks.dtype(op, "states_out", states_out.dtype, (state.dtype,))
+    if not states_out.is_contiguous():
+        raise ValueError(f"{op}: states_out must be contiguous, got strides {list(states_out.stride())}")

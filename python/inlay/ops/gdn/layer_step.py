@@ -9,7 +9,14 @@ from inlay import _load
 from inlay.ops import _checks as checks
 from inlay.ops._autograd import changed_in_place
 from inlay.ops.conv import MAX_WIDTH, MIN_WIDTH
-from inlay.ops.gdn._checks import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM, check_no_overlap, check_state, wide_dtype
+from inlay.ops.gdn._checks import (
+    HEAD_DIM_MULTIPLE,
+    MAX_HEAD_DIM,
+    check_no_overlap,
+    check_state,
+    check_states_out,
+    wide_dtype,
+)
 from inlay.ops.gdn.step import MAX_STEP_TOKENS
 
 _layer_step = _load.namespace().gdn_layer_step.default
@@ -31,6 +38,7 @@ def gdn_layer_step(
     key_heads: int,
     eps: float = 1e-6,
     beta_scale: float = 1.0,
+    states_out: Tensor | None = None,
 ) -> Tensor:
     """A Gated DeltaNet layer between its projections, for 1 to 16 tokens of each sequence: decoding, in one launch.
 
@@ -55,6 +63,9 @@ def gdn_layer_step(
         key_heads: Hk, which divides Hv.
         eps: added to the mean square that o is normalised by.
         beta_scale: as for :func:`gdn_gates`.
+        states_out: [B, T, Hv, K, V] in state's dtype, contiguous, or None: receives the state after each token, to
+            return to when speculated tokens are rejected. The convolution's earlier states lie in conv_state itself,
+            where that has T columns more than W - 1.
 
     mixed_qkv, z, a and b may be slices of one projection; the last dimension of z, a and b must have stride 1.
 
@@ -67,8 +78,8 @@ def gdn_layer_step(
         TypeError, ValueError: see :mod:`inlay.ops.gdn`.
     """
     arguments = (
-        mixed_qkv, z, a, b, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, key_heads, eps,
-        beta_scale,
+        mixed_qkv, z, a, b, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, states_out,
+        key_heads, eps, beta_scale,
     )  # fmt: skip
     try:
         if checks.needs_grad(*arguments[:11]):
@@ -78,9 +89,9 @@ def gdn_layer_step(
             )
         y = _layer_step(*arguments)
     except Exception:
-        _check_layer_step(*arguments[:12])
+        _check_layer_step(*arguments[:13])
         raise
-    changed_in_place(conv_state, state)
+    changed_in_place(conv_state, state, states_out)
     return y
 
 
@@ -96,6 +107,7 @@ def _check_layer_step(
     norm_weight: Tensor,
     conv_state: Tensor,
     state: Tensor,
+    states_out: Tensor | None,
     key_heads: int,
 ) -> None:
     op, of = "gdn_layer_step", "mixed_qkv"
@@ -145,6 +157,7 @@ def _check_layer_step(
     _check_layer_conv(op, mixed_qkv, conv_weight, conv_bias, conv_state)
     check_state(op, "state", state, (batch, value_heads, key_dim, value_dim), "B, Hv, K, V", mixed_qkv, of)
     check_no_overlap(op, state)
+    check_states_out(op, states_out, tokens, state, mixed_qkv, of)
 
 
 def _check_layer_conv(
@@ -178,9 +191,9 @@ def _check_layer_conv(
 
 @torch.library.register_fake("inlay::gdn_layer_step")
 def _(
-    mixed_qkv, z, a, b, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, key_heads, eps,
-    beta_scale,
+    mixed_qkv, z, a, b, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, states_out,
+    key_heads, eps, beta_scale,
 ):  # fmt: skip
-    tensors = (z, a, b, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state)
+    tensors = (z, a, b, conv_weight, conv_bias, A_log, dt_bias, norm_weight, conv_state, state, states_out)
     checks.same_device(mixed_qkv, *tensors)
     return mixed_qkv.new_empty(z.shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from inlay import _load
 from inlay.ops import _checks as checks
 from inlay.ops._autograd import changed_in_place
-from inlay.ops.gdn._checks import check_no_overlap, check_state, check_tokens
+from inlay.ops.gdn._checks import check_no_overlap, check_state, check_states_out, check_tokens
 
 MAX_STEP_TOKENS = 16  # as in csrc/gdn/params.h
 
@@ -69,11 +69,7 @@ def _check_step(
     matrices = (v.shape[2], q.shape[3], v.shape[3])
     check_state(op, "state", state, (batch, *matrices), "N, Hv, K, V", q, "q")
     check_no_overlap(op, state)
-    if states_out is not None:
-        check_state(op, "states_out", states_out, (batch, tokens, *matrices), "B, T, Hv, K, V", q, "q")
-        checks.dtype(op, "states_out", states_out.dtype, (state.dtype,))
-        if not states_out.is_contiguous():
-            raise ValueError(f"{op}: states_out must be contiguous, got strides {list(states_out.stride())}")
+    check_states_out(op, states_out, tokens, state, q, "q")
 
 
 @torch.library.register_fake("inlay::gated_delta_step")
