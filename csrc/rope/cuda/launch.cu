@@ -36,8 +36,7 @@ int shape_for(const Shape (&shapes)[Count], const Problem& p) {
 }
 
 void require_supported(DType dtype) {
-  if (dtype == DType::f64)
-    inlay::cuda::fail("inlay: q must be float32, bfloat16 or float16 on CUDA, got float64");
+  if (dtype == DType::f64) inlay::cuda::fail("inlay: q must be float32, bfloat16 or float16 on CUDA, got float64");
 }
 
 // Calls `use` with a value of the dtype's element type.
