@@ -1,6 +1,7 @@
 # Decides whether the CUDA library is built, and for which architectures.
-#   INLAY_HAS_CUDA                      result
-#   inlay_configure_cuda_target(<lib>)  links what a CUDA library of ours needs
+#   INLAY_HAS_CUDA                                result
+#   inlay_configure_cuda_target(<lib>)            compiles and links a CUDA library of ours as it needs
+#   inlay_add_hopper_sources(<lib> <source> ...)  adds kernels of Hopper's own instructions, compiled for it alone
 set(INLAY_HAS_CUDA OFF)
 if(NOT INLAY_CUDA STREQUAL "OFF")
   if(NOT CMAKE_CUDA_COMPILER)
@@ -24,7 +25,10 @@ if(NOT INLAY_HAS_CUDA)
 endif()
 
 if(INLAY_CUDA_ARCHITECTURES)
+  # Code for 90 runs on the same GPUs as code for 90a, and has not all of their instructions.
   set(CMAKE_CUDA_ARCHITECTURES ${INLAY_CUDA_ARCHITECTURES})
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90$" "90a-real;90-virtual")
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90-real$" "90a-real")
 else()
   execute_process(
     COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
@@ -55,8 +59,17 @@ set_target_properties(inlay_torch_cuda_stub PROPERTIES
   OUTPUT_NAME torch_cuda
   LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/stub)
 
-function(inlay_configure_cuda_target target)
+function(inlay_configure_cuda_compilation target)
   target_include_directories(${target} PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_compile_definitions(${target} PRIVATE INLAY_CUDA USE_CUDA)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall -Xfatbin=-compress-all>
+    $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${INLAY_CUDA_LINE_INFO}>>:-lineinfo>)
+endfunction()
+
+function(inlay_configure_cuda_target target)
+  inlay_configure_cuda_compilation(${target})
   target_link_libraries(${target} PRIVATE inlay::torch)
   target_link_options(${target} PRIVATE
     -Wl,--no-as-needed $<TARGET_FILE:inlay_torch_cuda_stub> -Wl,--as-needed -Wl,--allow-shlib-undefined)
@@ -64,7 +77,17 @@ function(inlay_configure_cuda_target target)
   set_target_properties(${target} PROPERTIES
     CUDA_RUNTIME_LIBRARY Static
     CUDA_SEPARABLE_COMPILATION OFF)
-  target_compile_options(${target} PRIVATE
-    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
-    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Xcompiler=-Wall -Xfatbin=-compress-all>)
+endfunction()
+
+# For other architectures such kernels are empty, and are not started: where ours are asked for without 90a, one will do.
+function(inlay_add_hopper_sources target)
+  set(architectures ${CMAKE_CUDA_ARCHITECTURES})
+  list(FILTER architectures INCLUDE REGEX "^90a")
+  if(NOT architectures)
+    list(GET CMAKE_CUDA_ARCHITECTURES 0 architectures)
+  endif()
+  add_library(${target}_hopper OBJECT ${ARGN})
+  set_target_properties(${target}_hopper PROPERTIES CUDA_ARCHITECTURES "${architectures}")
+  inlay_configure_cuda_compilation(${target}_hopper)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_hopper>)
 endfunction()

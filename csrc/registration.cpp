@@ -72,8 +72,8 @@ STABLE_TORCH_LIBRARY(inlay, m) {
       "Tensor(b!)? states_out, float scale, bool l2norm_qk) -> Tensor");
   m.def(
       "gdn_layer_step(Tensor mixed_qkv, Tensor z, Tensor a, Tensor b, Tensor conv_weight, Tensor? conv_bias, "
-      "Tensor A_log, Tensor dt_bias, Tensor norm_weight, Tensor(a!) conv_state, Tensor(b!) state, int key_heads, "
-      "float eps, float beta_scale) -> Tensor");
+      "Tensor A_log, Tensor dt_bias, Tensor norm_weight, Tensor(a!) conv_state, Tensor(b!) state, "
+      "Tensor(c!)? states_out, int key_heads, float eps, float beta_scale) -> Tensor");
 
   // rope. What the backward needs are the inputs alone.
   m.def(

@@ -73,7 +73,8 @@ class Job:
         (folder / "cases.h").write_text(f"#define CASES {self.cases()}\n")
         program = folder / "tune"
         command = ["nvcc", "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"]
-        command += [f"-I{folder}", f"-I{CSRC}", str(HERE / "norm.cu"), "-o", str(program)]
+        command += [f"-I{folder}", f"-I{CSRC}", str(HERE / "norm.cu"), str(CSRC / "common/cuda/runtime.cpp")]
+        command += ["-o", str(program)]
         subprocess.run(command, check=True)
         return program
 

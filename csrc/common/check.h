@@ -5,18 +5,26 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
+#include <initializer_list>
 #include <string>
 
 namespace inlay {
 
-inline std::string text_of(const char* text) { return text; }
-inline std::string text_of(const std::string& text) { return text; }
-inline std::string text_of(int64_t value) { return std::to_string(value); }
+// A piece of a message.
+struct MessagePart {
+  MessagePart(const char* text) : text(text) {}
+  MessagePart(const std::string& text) : text(text.c_str()) {}
+  MessagePart(int64_t number) : number(number) {}
+
+  const char* text = nullptr;  // null: the number
+  int64_t number = 0;
+};
+
+[[noreturn]] void fail_with(std::initializer_list<MessagePart> parts);
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  throw std::runtime_error((std::string() + ... + text_of(parts)));
+  fail_with({MessagePart(parts)...});  // the text is put together in one place: there are many checks
 }
 
 // Throws with all the parts put together unless the condition holds; the parts are evaluated only then.

@@ -45,6 +45,18 @@ StateTensor updated_state(const TensorInfo& tensor, const Inputs& inputs, const 
   return state;
 }
 
+OutputTensor states_of_tokens(const OptionalTensor& states_out, const Inputs& inputs, const TensorInfo& state,
+                              const TensorInfo& q) {
+  if (!states_out) return {};
+  const TensorInfo every(q.op, "states_out", *states_out);
+  check_shape(every, {inputs.batch, inputs.sequences.tokens, inputs.value_heads, inputs.key_dim, inputs.value_dim},
+              "B, T, Hv, K, V");
+  check_dtype(every, state.dtype, state.dtype);
+  check_same_device(every, q);
+  INLAY_CHECK(states_out->is_contiguous(), q.op, ": states_out must be contiguous");
+  return output_tensor(*states_out, every.dtype);
+}
+
 void check_head_dim(const TensorInfo& tensor, const char* dimension, int64_t size) {
   INLAY_CHECK(size >= 1 && size <= kMaxHeadDim && size % kHeadDimMultiple == 0, tensor.op, ": ", tensor.name,
               " must have a multiple of ", kHeadDimMultiple, " up to ", kMaxHeadDim, " in its ", dimension,

@@ -16,6 +16,9 @@ StateTensor state_tensor(const TensorInfo& tensor, const Inputs& inputs, const T
 
 // The same of a state that is updated in place: what is written must not overlap itself.
 StateTensor updated_state(const TensorInfo& tensor, const Inputs& inputs, const TensorInfo& q);
+// `states_out` of a step: [B, T, Hv, K, V], contiguous, like `state`; absent: not wanted.
+OutputTensor states_of_tokens(const OptionalTensor& states_out, const Inputs& inputs, const TensorInfo& state,
+                              const TensorInfo& q);
 // K or V: the size of one of the tensor's dimensions.
 void check_head_dim(const TensorInfo& tensor, const char* dimension, int64_t size);
 

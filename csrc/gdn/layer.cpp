@@ -37,7 +37,8 @@ void set_gates(LayerStepParams& params, const TensorInfo& x, const LayerGates& t
 Tensor gdn_layer_step(const Tensor& mixed_qkv, const Tensor& z_tensor, const Tensor& a, const Tensor& b,
                       const Tensor& conv_weight, const OptionalTensor& conv_bias, const Tensor& log_decay,
                       const Tensor& dt_bias, const Tensor& norm_weight, const Tensor& conv_state,
-                      const Tensor& recurrent_state, int64_t key_heads, double eps, double beta_scale) {
+                      const Tensor& recurrent_state, const OptionalTensor& states_out, int64_t key_heads, double eps,
+                      double beta_scale) {
   const char* op = "gdn_layer_step";
   const TensorInfo x(op, "mixed_qkv", mixed_qkv), z(op, "z", z_tensor), state(op, "state", recurrent_state);
   INLAY_CHECK(x.dim == 3, op, ": mixed_qkv must have shape [B, T, C], got ", x.shape());
@@ -75,10 +76,12 @@ Tensor gdn_layer_step(const Tensor& mixed_qkv, const Tensor& z_tensor, const Ten
 
   Inputs shape;
   shape.batch = shape.sequences.count = x.sizes[0];
+  shape.sequences.tokens = x.sizes[1];
   shape.value_heads = params.value_heads;
   shape.key_dim = params.key_dim;
   shape.value_dim = params.value_dim;
   params.state = updated_state(state, shape, x);
+  params.states_out = states_of_tokens(states_out, shape, state, x);
   params.scale = 1.0 / std::sqrt(static_cast<double>(params.key_dim));
   params.eps = eps;
   params.beta_scale = beta_scale;

@@ -23,6 +23,7 @@ struct LayerStepParams {
   double scale = 1.0;        // of q
   double eps = 0.0;
   double beta_scale = 1.0;
+  OutputTensor states_out;  // [B, T, Hv, K, V] in state's dtype, the state after each token; or not wanted
 
   INLAY_HOST_DEVICE int64_t group() const { return value_heads / key_heads; }
 };

@@ -1,4 +1,4 @@
-// The gdn family's contract between bindings and kernels. The maths is in python/inlay/ops/gdn.py.
+// The gdn family's contract between bindings and kernels. The maths is in python/inlay/ops/gdn/__init__.py.
 #pragma once
 
 #include "common/rows.h"
@@ -12,7 +12,7 @@ constexpr int64_t kHeadDimMultiple = 8;
 constexpr int64_t kMaxStepTokens = 16;
 constexpr double kL2Eps = 1e-6;  // added to the sum of squares of a row of q or k, as Hugging Face does
 
-// Mirrored by python/inlay/ops/gdn.py.
+// Mirrored by python/inlay/ops/gdn/rule.py.
 enum class Mode : int32_t { automatic, chunk, recurrent };
 
 // States [N, Hv, K, V], each [K, V] of them dense; null data: absent (as input: zeros, as output: not wanted).

@@ -44,14 +44,7 @@ Tensor gated_delta_step(const Tensor& q_tensor, const Tensor& k, const Tensor& v
   INLAY_CHECK(tokens >= 1 && tokens <= kMaxStepTokens, op, ": q must have 1 to ", kMaxStepTokens, " tokens, got ",
               tokens);
   params.state = updated_state(state_info, inputs, q);
-  if (states_out) {
-    const TensorInfo every(op, "states_out", *states_out);
-    check_shape(every, {inputs.batch, tokens, inputs.value_heads, inputs.key_dim, inputs.value_dim}, "B, T, Hv, K, V");
-    check_dtype(every, state_info.dtype, state_info.dtype);
-    check_same_device(every, q);
-    INLAY_CHECK(states_out->is_contiguous(), op, ": states_out must be contiguous");
-    params.states_out = output_tensor(*states_out, every.dtype);
-  }
+  params.states_out = states_of_tokens(states_out, inputs, state_info, q);
   const LaunchScope scope(q);
   Tensor o = empty_like({op, "v", v}, q.dtype);
   params.o = output_tensor(o, q.dtype);

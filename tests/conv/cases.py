@@ -116,10 +116,6 @@ def gradients(case: Case, namespace: ModuleType, tensors: Tensors, douts: tuple[
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.is_floating_point()}
 
 
-def random_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(output.shape, device=output.device).to(output.dtype) for output in outputs)
-
-
 def wide(tensors: Tensors) -> Tensors:
     return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import inlay
-from tests.conv.cases import BASIC, CASES, LENGTHS, Case, check_gradients, check_values, random_like
+from tests.conv.cases import BASIC, CASES, LENGTHS, Case, check_gradients, check_values
 from tests.support.compare import assert_same_bits
+from tests.support.devices import random_like
 
 native = pytest.importorskip("inlay._native", reason="the introspection module was not built")
 

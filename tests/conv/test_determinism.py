@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import inlay
-from tests.conv.cases import BASIC, LENGTHS, check_gradients, gradients, random_like
+from tests.conv.cases import BASIC, LENGTHS, check_gradients, gradients
 from tests.support.compare import assert_same_bits
-from tests.support.devices import poison_free_memory
+from tests.support.devices import poison_free_memory, random_like
 
 
 @pytest.mark.parametrize("time", [100, 1500])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,17 @@ import torch
 
 import inlay
 from inlay.ops import conv as ops
-from tests.conv.cases import BASIC, BF16, F32, LAYOUTS, LENGTHS, boundaries, gradients, in_order, random_like
+from tests.conv.cases import BASIC, BF16, F32, LAYOUTS, LENGTHS, boundaries, in_order
 from tests.support.compare import assert_same_bits
+from tests.support.registration import (
+    check_compiled,
+    check_enums,
+    check_exported,
+    check_fake_form,
+    check_inductor,
+    check_op,
+    needs_compiler,
+)
 
 NONE, SILU = ops.Activation
 
@@ -61,21 +69,11 @@ OPCHECK_CASES = {
 
 @pytest.mark.parametrize("op", OPCHECK_CASES)
 def test_opcheck(op, device):
-    """Schema against behaviour, autograd registration, fake against real, and tracing with dynamic shapes."""
-    for arguments in OPCHECK_CASES[op](device):
-        torch.library.opcheck(getattr(torch.ops.inlay, op).default, arguments)
+    check_op(op, OPCHECK_CASES[op](device))
 
 
 def test_enum_is_that_of_the_native_side():
-    native = pytest.importorskip("inlay._native", reason="built without pybind11")
-    assert native.conv_enums() == {member.name: int(member) for member in ops.Activation}
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+    check_enums("conv_enums", ops.Activation)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -90,14 +88,7 @@ def test_compiles_in_one_graph_and_once_for_all_sizes(case, device):
 
     for time in (10, 17, 31):
         tensors = case.inputs((5, time, 40), BF16, device)
-        leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-        outputs, expected = compiled(**leaves), case.run(inlay, leaves)
-        for output, wanted in zip(outputs, expected, strict=True):
-            assert_same_bits(output, wanted, str(case))
-        douts = random_like(outputs)
-        grads = torch.autograd.grad(outputs, tuple(leaves.values()), douts)
-        for name, grad, wanted in zip(leaves, grads, gradients(case, inlay, tensors, douts).values(), strict=True):
-            assert_same_bits(grad, wanted, f"d{name}")
+        check_compiled(compiled, lambda **given: case.run(inlay, given), tensors, list(tensors), str(case))
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -111,8 +102,7 @@ def test_packed_sequences_compile(case, device):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_steps_compile_and_update_the_state(backend, device):
     def decode(x, state, weight):
         return inlay.causal_conv1d_step(x * 2, state, weight, activation="silu") + 1
@@ -128,7 +118,7 @@ def test_steps_compile_and_update_the_state(backend, device):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_inductor(device):
     """Between operations that Inductor fuses itself, on an input of each order in memory."""
 
@@ -138,12 +128,7 @@ def test_inductor(device):
         return z.square().mean() + state.sum()
 
     leaves = [torch.randn(*shape, device=device, requires_grad=True) for shape in [(2, 24, 19), (24, 4), (24,)]]
-    expected = block(*leaves)
-    expected_grads = torch.autograd.grad(expected, leaves)
-    actual = torch.compile(block, fullgraph=True)(*leaves)
-    torch.testing.assert_close(actual, expected)
-    for grad, wanted in zip(torch.autograd.grad(actual, leaves), expected_grads, strict=True):
-        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+    check_inductor(block, leaves, rtol=1e-4, atol=1e-4)
 
 
 class Block(torch.nn.Module):
@@ -156,21 +141,11 @@ class Block(torch.nn.Module):
 
 
 def test_export(device):
-    block = Block(16).to(device)
-    time = torch.export.Dim("time", min=2)
-    with torch.no_grad():
-        program = torch.export.export(block, (torch.randn(2, 9, 16, device=device),), dynamic_shapes=({1: time},))
-        assert any("inlay.causal_conv1d" in str(node.target) for node in program.graph.nodes)
-        x = torch.randn(2, 30, 16, device=device)
-        assert_same_bits(program.module()(x), block(x), "exported")
+    example, other = ((torch.randn(2, time, 16, device=device),) for time in (9, 30))
+    check_exported(Block(16).to(device), "causal_conv1d", example, other, ({1: torch.export.Dim("time", min=2)},))
 
 
 @pytest.mark.parametrize("case", BASIC, ids=str)
 def test_fake_tensors_have_the_real_form(case, device):
     tensors = case.inputs((4, 5, 24), BF16, device)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = case.run(inlay, {name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
-    for fake, real in zip(fakes, case.run(inlay, tensors), strict=True):
-        assert (fake.shape, fake.dtype, fake.stride(), fake.device) == (
-            real.shape, real.dtype, real.stride(), real.device,
-        )  # fmt: skip
+    check_fake_form(lambda given: case.run(inlay, given), tensors)

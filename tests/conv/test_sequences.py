@@ -9,9 +9,9 @@ from hypothesis import given
 
 import inlay
 from inlay import reference
-from tests.conv.cases import BASIC, LAYOUTS, LENGTHS, Case, boundaries, gradients, random_like
+from tests.conv.cases import BASIC, LAYOUTS, LENGTHS, Case, boundaries, gradients
 from tests.support.compare import assert_same_bits
-from tests.support.devices import each_dtype
+from tests.support.devices import each_dtype, random_like
 
 
 def check_packed_equals_separate(

@@ -139,10 +139,6 @@ def widened(tensors: Tensors) -> Tensors:
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def random_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(output.shape, device=output.device).to(output.dtype) for output in outputs)
-
-
 def check_values(case: Case, tensors: Tensors, **options: Any) -> None:
     """Output and final state against the float64 recurrence, token by token."""
     actual = case.run(inlay, tensors, **options)

@@ -14,8 +14,8 @@ import torch
 
 import inlay
 from tests.gdn import test_gates, test_step
-from tests.gdn.cases import HARD, SHAPES, Case, check_gradients, check_values, random_like
-from tests.support.devices import HALVES
+from tests.gdn.cases import HARD, SHAPES, Case, check_gradients, check_values
+from tests.support.devices import HALVES, random_like
 
 native = pytest.importorskip("inlay._native", reason="the introspection module was not built")
 

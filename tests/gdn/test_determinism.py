@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import inlay
-from tests.gdn.cases import Case, gradients, random_like
+from tests.gdn.cases import Case, gradients
 from tests.support.compare import assert_same_bits
+from tests.support.devices import random_like
 
 CASES = [
     Case(tokens=200, value_heads=4, value_dim=128, batch=1),

@@ -179,6 +179,9 @@ BAD_LAYER = [
     ("state", ones(B, HK, K, V), ValueError, r"must have shape \[2, 4, 16, 24\] \(B, Hv, K, V\), got \[2, 2, 16, 24\]"),
     ("state", ones(B, HV, K, V).half(), ValueError, r"must be float32 or bfloat16, got torch\.float16"),
     ("state", ones(1, HV, K, V).expand(B, -1, -1, -1), ValueError, "must not overlap itself"),
+    ("states_out", ones(B, 1, HV, K, V), ValueError, r"must have shape \[2, 6, 4, 16, 24\] \(B, T, Hv, K, V\)"),
+    ("states_out", ones(B, T, HV, K, V).bfloat16(), ValueError, r"must be float32, got torch\.bfloat16"),
+    ("states_out", ones(T, B, HV, K, V).transpose(0, 1), ValueError, "must be contiguous"),
     ("key_heads", 3, ValueError, "must divide z's heads 4, got 3"),
     ("key_heads", 0, ValueError, "must divide z's heads 4, got 0"),
 ]
@@ -233,7 +236,7 @@ GATE_OP = {**GATES, "beta_scale": 1.0, "beta_dtype": torch.float32}
 GATE_BACKWARD = {
     "dg": torch.randn(B, T, HV), "dbeta": torch.randn(B, T, HV), **GATES, "beta_scale": 1.0, "needs_vectors": True,
 }  # fmt: skip
-LAYER_OP = {**LAYER, "key_heads": HK, "eps": 1e-6, "beta_scale": 1.0}
+LAYER_OP = {**LAYER, "states_out": None, "key_heads": HK, "eps": 1e-6, "beta_scale": 1.0}
 ONE_ROW = {**PACKED, "initial_state": None}
 RAW = [
     ("gated_delta_rule", RULE, {"q": ones(B, T, HK * K)}, r"q must have shape \[B, T, Hk, K\]"),
@@ -273,6 +276,7 @@ RAW = [
     ("gdn_layer_step", LAYER_OP, {"conv_state": ones(B + 1, C, 4)}, "conv_state must have mixed_qkv's batch size 2"),
     ("gdn_layer_step", LAYER_OP, {"state": ones(B, HK, K, V)}, r"state must have shape \[2, 4, 16, 24\]"),
     ("gdn_layer_step", LAYER_OP, {"state": ones(B, HV, K, V).half()}, "state must be float32 or bfloat16"),
+    ("gdn_layer_step", LAYER_OP, {"states_out": ones(B, T, HV, V, K)}, "states_out must have shape"),
     ("gdn_layer_step", LAYER_OP, {"norm_weight": ones(K)}, r"norm_weight must have shape \[24\]"),
     ("gdn_gates", GATE_OP, {"b": ones(B, T)}, "b must have a's shape"),
     ("gdn_gates", GATE_OP, {"A_log": ones(HK)}, r"A_log must have shape \[4\] \(a's width\), got \[2\]"),

@@ -12,6 +12,7 @@ from inlay import reference
 from tests.gdn.layer_cases import CASES, STATES, LayerCase, Tensors, with_own_states
 from tests.support.compare import assert_matches_eager, assert_same_bits, assert_within_budget
 from tests.support.devices import HALVES
+from tests.support.on_cuda import capture
 
 OP = "gdn_layer_step"
 
@@ -88,6 +89,36 @@ def test_one_call_is_several(case, state_dtype, device):
         assert_same_bits(case.run(inlay, one), y[:, token : token + 1], f"token {token}")
     for name in STATES:
         assert_same_bits(own[name], single[name], name)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_states_of_every_token(case, state_dtype, device):
+    """Those that calls of so many tokens leave; and asking for them changes nothing else."""
+    case = dataclasses.replace(case, tokens=5)
+    tensors = case.inputs(torch.bfloat16, device, state_dtype)
+    own, plain = with_own_states(tensors), with_own_states(tensors)
+    states_out = torch.full((case.batch, 5, *own["state"].shape[1:]), torch.nan, dtype=state_dtype, device=device)
+    assert_same_bits(case.run(inlay, own, states_out=states_out), case.run(inlay, plain), "y")
+    for name in STATES:
+        assert_same_bits(own[name], plain[name], name)
+    for token in range(5):
+        first = with_own_states(
+            {name: t[:, : token + 1] if name in ("mixed_qkv", "z", "a", "b") else t for name, t in tensors.items()}
+        )
+        case.run(inlay, first)
+        assert_same_bits(states_out[:, token], first["state"], f"state after token {token}")
+
+
+def test_states_of_every_token_at_any_address(device):
+    case = dataclasses.replace(CASES[1], tokens=3)
+    tensors = case.inputs(torch.bfloat16, device)
+    shape = (case.batch, 3, *tensors["state"].shape[1:])
+    expected = torch.empty(shape, device=device)
+    case.run(inlay, with_own_states(tensors), states_out=expected)
+    shifted = torch.empty(expected.numel() + 1, device=device)[1:].view(shape)
+    case.run(inlay, with_own_states(tensors), states_out=shifted)
+    assert_same_bits(shifted, expected, "states_out")
 
 
 def test_slices_of_one_projection(device):
@@ -187,14 +218,7 @@ def test_a_sequence_does_not_depend_on_the_others(batch, device):
 def test_in_a_cuda_graph(case):
     tensors = with_own_states(case.inputs(torch.bfloat16, "cuda"))
     expected = with_own_states(tensors)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        case.run(inlay, with_own_states(tensors))
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = case.run(inlay, tensors)
+    graph, y = capture(lambda: case.run(inlay, tensors), warm_up=lambda: case.run(inlay, with_own_states(tensors)))
     for _ in range(4):
         fresh = case.inputs(torch.bfloat16, "cuda")
         for name in ("mixed_qkv", "z", "a", "b"):
@@ -217,14 +241,15 @@ def test_a_wanted_gradient_is_refused(name, device):
         case.run(inlay, tensors)
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", [*STATES, "states_out"])
 def test_autograd_notices_that_a_saved_state_was_changed(name, device):
     """The states' versions go up, as for any in-place operation."""
     case = LayerCase()
     tensors = case.inputs(torch.float32, device)
+    written = {**tensors, "states_out": torch.zeros_like(tensors["state"])[:, None]}
     factor = torch.ones((), device=device, requires_grad=True)
-    product = factor * tensors[name]
-    case.run(inlay, tensors)
+    product = factor * written[name]
+    case.run(inlay, written)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
 

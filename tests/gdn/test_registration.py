@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +9,20 @@ import pytest
 import torch
 
 import inlay
-from inlay.ops import gdn as ops
-from tests.gdn.cases import LEAVES, Case, Tensors, gradients, random_like
+from inlay.ops.gdn import rule as ops
+from tests.gdn.cases import LEAVES, Case
 from tests.gdn.layer_cases import STATES, LayerCase, with_own_states
 from tests.support.compare import assert_same_bits
+from tests.support.registration import (
+    check_compiled,
+    check_enums,
+    check_exported,
+    check_fake_form,
+    check_functional_grad,
+    check_inductor,
+    check_op,
+    needs_compiler,
+)
 
 BF16, F32 = torch.bfloat16, torch.float32
 AUTO, CHUNK, RECURRENT = (int(mode) for mode in ops.Mode)
@@ -79,7 +88,9 @@ def _layer_step_cases(device: str) -> Iterator[tuple[Any, ...]]:
     for dtype, state_dtype in ((F32, F32), (BF16, F32), (BF16, BF16)):
         case = LayerCase(tokens=3, conv_bias=dtype == BF16)
         tensors = case.inputs(dtype, device, state_dtype)
-        yield *tensors.values(), case.key_heads, 1e-6, 1.0
+        yield *tensors.values(), None, case.key_heads, 1e-6, 1.0
+        state = tensors["state"]
+        yield *tensors.values(), state.new_empty(2, 3, *state.shape[1:]), case.key_heads, 1e-6, 1.0
 
 
 # Every raw op's argument lists, for opcheck; a test of the whole package holds its keys to the registered ops.
@@ -95,21 +106,11 @@ OPCHECK_CASES = {
 
 @pytest.mark.parametrize("op", OPCHECK_CASES)
 def test_opcheck(op, device):
-    """Schema against behaviour, autograd registration, fake against real, and tracing with dynamic shapes."""
-    for arguments in OPCHECK_CASES[op](device):
-        torch.library.opcheck(getattr(torch.ops.inlay, op).default, arguments)
+    check_op(op, OPCHECK_CASES[op](device))
 
 
 def test_mode_is_that_of_the_native_side():
-    native = pytest.importorskip("inlay._native", reason="built without pybind11")
-    assert native.gdn_enums() == {mode.name: int(mode) for mode in ops.Mode}
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+    check_enums("gdn_enums", ops.Mode)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -128,44 +129,29 @@ def test_compiles_in_one_graph_and_once_for_all_sizes(packed, device):
         if packed:
             tensors["initial_state"] = torch.randn(sequences, 2, 32, 32, device=device)
             tensors["cu_seqlens"] = torch.linspace(0, tokens, sequences + 1, device=device).int()
-        leaves = {name: t.requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
-        outputs, expected = compiled(**leaves), case.run(inlay, leaves)
-        for output, wanted in zip(outputs, expected, strict=True):
-            assert_same_bits(output, wanted, "output")
-        douts = random_like(outputs)
-        wanted_grads = gradients(case, inlay, tensors, douts)
-        grads = torch.autograd.grad(outputs, [leaves[name] for name in wanted_grads], douts)
-        for (name, wanted), grad in zip(wanted_grads.items(), grads, strict=True):
-            assert_same_bits(grad, wanted, f"d{name}")
+        leaves = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        check_compiled(compiled, lambda **given: case.run(inlay, given), tensors, leaves, str(case))
 
 
-def _layer(a: torch.Tensor, b: torch.Tensor, vectors: list[torch.Tensor], tensors: Tensors) -> torch.Tensor:
-    g, beta = inlay.gdn_gates(a, b, *vectors)
-    return inlay.gated_delta_rule(tensors["q"].tanh(), tensors["k"], tensors["v"], g, beta, l2norm_qk=True).square()
+def _layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *gates: torch.Tensor) -> torch.Tensor:
+    g, beta = inlay.gdn_gates(*gates)
+    return inlay.gated_delta_rule(q.tanh(), k, v, g, beta, l2norm_qk=True).square()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_inductor(device):
     """Between operations that Inductor fuses itself, gates included."""
-    tensors = {name: t.requires_grad_() for name, t in Case(tokens=70).inputs(F32, device).items()}
-    a, b = (torch.randn(2, 70, 2, device=device, requires_grad=True) for _ in range(2))
-    vectors = [torch.zeros(2, device=device, requires_grad=True) for _ in range(2)]
-    leaves = [a, b, *vectors, tensors["q"], tensors["k"], tensors["v"]]
-    expected = _layer(a, b, vectors, tensors)
-    actual = torch.compile(_layer, fullgraph=True)(a, b, vectors, tensors)
-    torch.testing.assert_close(actual, expected)
-    for grad, wanted in zip(
-        torch.autograd.grad(actual.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
-    ):
-        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+    tensors = Case(tokens=70).inputs(F32, device)
+    projections = [torch.randn(2, 70, 2, device=device) for _ in range(2)]
+    vectors = [torch.zeros(2, device=device) for _ in range(2)]
+    leaves = [t.requires_grad_() for t in (tensors["q"], tensors["k"], tensors["v"], *projections, *vectors)]
+    check_inductor(_layer, leaves, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_a_compiled_step_updates_its_state(backend, device):
-    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler")
     case = Case(tokens=1)
     tensors = case.inputs(BF16, device)
 
@@ -182,10 +168,8 @@ def test_a_compiled_step_updates_its_state(backend, device):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_a_compiled_layer_step_updates_its_states(backend, device):
-    if backend == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler")
     case = LayerCase()
     tensors = with_own_states(case.inputs(BF16, device))
     expected = with_own_states(tensors)
@@ -206,25 +190,14 @@ class Layer(torch.nn.Module):
 
 
 def test_export(device):
-    example = tuple(Case(tokens=20, with_state=False).inputs(BF16, device).values())
-    tokens = torch.export.Dim("tokens", min=2)
-    with torch.no_grad():
-        program = torch.export.export(Layer(), example, dynamic_shapes=({1: tokens},) * 5)
-        assert any("inlay.gated_delta_rule" in str(node.target) for node in program.graph.nodes)
-        inputs = tuple(Case(tokens=77, with_state=False).inputs(BF16, device).values())
-        for actual, wanted in zip(program.module()(*inputs), Layer()(*inputs), strict=True):
-            assert_same_bits(actual, wanted, "exported")
+    example, other = (tuple(Case(tokens=tokens, with_state=False).inputs(BF16, device).values()) for tokens in (20, 77))
+    check_exported(Layer(), "gated_delta_rule", example, other, ({1: torch.export.Dim("tokens", min=2)},) * 5)
 
 
 def test_fake_tensors_have_the_real_form(device):
     case = Case(value_heads=4, value_dim=48)
     tensors = case.inputs(BF16, device)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = case.run(inlay, {name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
-    for fake, real in zip(fakes, case.run(inlay, tensors), strict=True):
-        assert (fake.shape, fake.dtype, fake.stride(), fake.device) == (
-            real.shape, real.dtype, real.stride(), real.device,
-        )  # fmt: skip
+    check_fake_form(lambda given: case.run(inlay, given), tensors)
 
 
 def test_functional_grad(device):
@@ -233,6 +206,4 @@ def test_functional_grad(device):
     def loss(v):
         return inlay.gated_delta_rule(**{**tensors, "v": v}).sin().sum()
 
-    leaf = tensors["v"].clone().requires_grad_()
-    loss(leaf).backward()
-    assert_same_bits(torch.func.grad(loss)(tensors["v"]), leaf.grad, "dv")
+    check_functional_grad(loss, tensors["v"])

@@ -10,6 +10,7 @@ from inlay import reference
 from tests.gdn.cases import Case, Tensors, widened
 from tests.support.compare import assert_same_bits, assert_within_budget
 from tests.support.devices import HALVES
+from tests.support.on_cuda import capture
 
 SHAPES = [
     Case(),
@@ -123,14 +124,9 @@ def test_in_a_cuda_graph():
     case = Case(tokens=1, batch=3, value_heads=4, key_dim=128, value_dim=128)
     tensors = case.inputs(torch.bfloat16, "cuda")
     state, expected = (tensors["initial_state"].clone() for _ in range(2))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(inlay, case, tensors, state.clone())
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        o = step(inlay, case, tensors, state)
+    graph, o = capture(
+        lambda: step(inlay, case, tensors, state), warm_up=lambda: step(inlay, case, tensors, state.clone())
+    )
     for _ in range(4):
         for name, fresh in case.inputs(torch.bfloat16, "cuda").items():
             tensors[name].copy_(fresh)

@@ -139,10 +139,6 @@ def gradients(case: Case, namespace: ModuleType | None, tensors: Tensors, douts:
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def random_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(output.shape, device=output.device).to(output.dtype) for output in outputs)
-
-
 def check_values(case: Case, tensors: Tensors) -> None:
     with torch.no_grad():
         actual, eager, exact = case.run(inlay, tensors), case.run(reference, tensors), case.run_exact(tensors)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import inlay
-from tests.norm.cases import BASIC, CASES, check_gradients, check_values, random_like
+from tests.norm.cases import BASIC, CASES, check_gradients, check_values
 from tests.support.compare import assert_same_bits, ulp_distance
+from tests.support.devices import random_like
 
 native = pytest.importorskip("inlay._native", reason="the introspection module was not built")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import inlay
-from tests.norm.cases import BASIC, check_gradients, gradients, random_like
+from tests.norm.cases import BASIC, check_gradients, gradients
 from tests.support.compare import assert_same_bits
-from tests.support.devices import poison_free_memory
+from tests.support.devices import poison_free_memory, random_like
 
 
 @pytest.mark.parametrize("rows", [200, 3000])

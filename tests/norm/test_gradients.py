@@ -7,9 +7,9 @@ import torch
 
 import inlay
 from inlay import reference
-from tests.norm.cases import BASIC, CASES, F32, ROWS, WIDTHS, Case, X, check_gradients, gradients, random_like
+from tests.norm.cases import BASIC, CASES, F32, ROWS, WIDTHS, Case, X, check_gradients, gradients
 from tests.support.compare import assert_same_bits, assert_within_budget
-from tests.support.devices import each_dtype
+from tests.support.devices import each_dtype, random_like
 
 ADD = Case("add_rms_norm", residual=X, options={"eps": 1e-6})
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from torch import Tensor
 
 import inlay
-from tests.norm.cases import BASIC, check_gradients, check_values, random_like
+from tests.norm.cases import BASIC, check_gradients, check_values
+from tests.support.devices import random_like
 
 # Each lays a tensor [2, 5, 3, N] out in another way, as models do. Values are the tensor's own.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,16 @@ import torch
 
 import inlay
 from inlay.ops import norm as ops
-from tests.norm.cases import BASIC, F32, gradients, random_like
-from tests.support.compare import assert_same_bits
+from tests.norm.cases import BASIC, F32
+from tests.support.registration import (
+    check_compiled,
+    check_enums,
+    check_exported,
+    check_fake_form,
+    check_inductor,
+    check_op,
+    needs_compiler,
+)
 
 RMS, LAYER, L2 = ops.Kind
 ONCE, STEPWISE = ops.Rounding
@@ -79,22 +86,11 @@ OPCHECK_CASES = {
 
 @pytest.mark.parametrize("op", OPCHECK_CASES)
 def test_opcheck(op, device):
-    """Schema against behaviour, autograd registration, fake against real, and tracing with dynamic shapes."""
-    for arguments in OPCHECK_CASES[op](device):
-        torch.library.opcheck(getattr(torch.ops.inlay, op).default, arguments)
+    check_op(op, OPCHECK_CASES[op](device))
 
 
 def test_enums_are_those_of_the_native_side():
-    native = pytest.importorskip("inlay._native", reason="built without pybind11")
-    python = {member.name: int(member) for enum in (ops.Kind, ops.Rounding, ops.Activation) for member in enum}
-    assert native.norm_enums() == python
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+    check_enums("norm_enums", ops.Kind, ops.Rounding, ops.Activation)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -109,18 +105,11 @@ def test_compiles_in_one_graph_and_once_for_all_sizes(case, device):
 
     for rows in (6, 9, 31):
         tensors = case.inputs((rows, 3, 40), BF16, device)
-        leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-        outputs, expected = compiled(**leaves), case.run(inlay, leaves)
-        for output, wanted in zip(outputs, expected, strict=True):
-            assert_same_bits(output, wanted, str(case))
-        douts = random_like(outputs)
-        grads = torch.autograd.grad(outputs, tuple(leaves.values()), douts)
-        for name, grad, wanted in zip(leaves, grads, gradients(case, inlay, tensors, douts).values(), strict=True):
-            assert_same_bits(grad, wanted, f"d{name}")
+        check_compiled(compiled, lambda **given: case.run(inlay, given), tensors, list(tensors), str(case))
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_inductor(device):
     """Between operations that Inductor fuses itself, on inputs that are not contiguous."""
 
@@ -131,12 +120,7 @@ def test_inductor(device):
     leaves = [
         torch.randn(*shape, device=device, requires_grad=True) for shape in [(5, 4, 64), (4, 5, 64), (64,), (4, 5, 64)]
     ]
-    expected = block(*leaves)
-    expected_grads = torch.autograd.grad(expected, leaves)
-    actual = torch.compile(block, fullgraph=True)(*leaves)
-    torch.testing.assert_close(actual, expected)
-    for grad, wanted in zip(torch.autograd.grad(actual, leaves), expected_grads, strict=True):
-        torch.testing.assert_close(grad, wanted)
+    check_inductor(block, leaves)
 
 
 class Block(torch.nn.Module):
@@ -149,23 +133,12 @@ class Block(torch.nn.Module):
 
 
 def test_export(device):
-    block = Block(48).to(device)
-    example = tuple(torch.randn(4, 48, device=device) for _ in range(2))
+    example, other = (tuple(torch.randn(rows, 48, device=device) for _ in range(2)) for rows in (4, 11))
     rows = torch.export.Dim("rows", min=2)
-    with torch.no_grad():
-        program = torch.export.export(block, example, dynamic_shapes=({0: rows}, {0: rows}))
-        assert any("inlay.add_norm" in str(node.target) for node in program.graph.nodes)
-        inputs = tuple(torch.randn(11, 48, device=device) for _ in range(2))
-        for actual, wanted in zip(program.module()(*inputs), block(*inputs), strict=True):
-            assert_same_bits(actual, wanted, "exported")
+    check_exported(Block(48).to(device), "add_norm", example, other, ({0: rows}, {0: rows}))
 
 
 @pytest.mark.parametrize("case", BASIC, ids=str)
 def test_fake_tensors_have_the_real_form(case, device):
     tensors = case.inputs((4, 5, 64), BF16, device)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = case.run(inlay, {name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
-    for fake, real in zip(fakes, case.run(inlay, tensors), strict=True):
-        assert (fake.shape, fake.dtype, fake.stride(), fake.device) == (
-            real.shape, real.dtype, real.stride(), real.device,
-        )  # fmt: skip
+    check_fake_form(lambda given: case.run(inlay, given), tensors)

@@ -123,10 +123,6 @@ def gradients(case: Case, namespace: ModuleType, tensors: Tensors, douts: tuple[
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
 
 
-def random_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(output.shape, device=output.device).to(output.dtype) for output in outputs)
-
-
 def widened(tensors: Tensors) -> Tensors:
     return {name: t.double() for name, t in tensors.items()}
 

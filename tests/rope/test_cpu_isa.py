@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import inlay
-from tests.rope.cases import BASIC, CASES, Case, check_gradients, check_values, gradients, random_like
+from tests.rope.cases import BASIC, CASES, Case, check_gradients, check_values, gradients
 from tests.support.compare import assert_same_bits
+from tests.support.devices import random_like
 
 native = pytest.importorskip("inlay._native", reason="the introspection module was not built")
 

@@ -7,9 +7,9 @@ import torch
 import torch.utils.checkpoint
 
 import inlay
-from tests.rope.cases import BASIC, CASES, SHAPES, WEIGHTS, WIDTHS, Case, check_gradients, gradients, random_like
+from tests.rope.cases import BASIC, CASES, SHAPES, WEIGHTS, WIDTHS, Case, check_gradients, gradients
 from tests.support.compare import assert_same_bits
-from tests.support.devices import each_dtype
+from tests.support.devices import each_dtype, random_like
 
 FULL = Case()
 

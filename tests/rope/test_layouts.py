@@ -11,8 +11,9 @@ from hypothesis import given
 from torch import Tensor
 
 import inlay
-from tests.rope.cases import BASIC, FLAT, OWN, Case, check_gradients, check_values, gradients, random_like
+from tests.rope.cases import BASIC, FLAT, OWN, Case, check_gradients, check_values, gradients
 from tests.support.compare import assert_same_bits
+from tests.support.devices import random_like
 
 # Each lays a tensor [B, S, H, D] out in another way. Values are the tensor's own.
 PLACES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,15 @@ import torch
 
 import inlay
 from inlay.ops._rounding import Rounding
-from tests.rope.cases import BASIC, BF16, CASES, gradients, random_like
-from tests.support.compare import assert_same_bits
+from tests.rope.cases import BASIC, BF16, CASES
+from tests.support.registration import (
+    check_compiled,
+    check_exported,
+    check_fake_form,
+    check_inductor,
+    check_op,
+    needs_compiler,
+)
 
 ONCE, STEPWISE = Rounding
 
@@ -49,16 +55,7 @@ OPCHECK_CASES = {"qk_norm_rope": _forward_cases, "qk_norm_rope_bwd": _backward_c
 
 @pytest.mark.parametrize("op", OPCHECK_CASES)
 def test_opcheck(op, device):
-    """Schema against behaviour, autograd registration, fake against real, and tracing with dynamic shapes."""
-    for arguments in OPCHECK_CASES[op](device):
-        torch.library.opcheck(getattr(torch.ops.inlay, op).default, arguments)
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+    check_op(op, OPCHECK_CASES[op](device))
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -73,23 +70,16 @@ def test_compiles_in_one_graph_and_once_for_all_sizes(case, device):
 
     for tokens in (10, 17, 31):
         tensors = case.inputs((3, tokens, 4, 2, 64), BF16, device)
-        leaves = {name: t.requires_grad_(name not in ("cos", "sin")) for name, t in tensors.items()}
-        outputs, expected = compiled(**leaves), case.run(inlay, leaves)
-        for output, wanted in zip(outputs, expected, strict=True):
-            assert_same_bits(output, wanted, str(case))
-        douts = random_like(outputs)
-        wanted_grads = gradients(case, inlay, tensors, douts)
-        grads = torch.autograd.grad(outputs, [leaves[name] for name in wanted_grads], douts)
-        for (name, wanted), grad in zip(wanted_grads.items(), grads, strict=True):
-            assert_same_bits(grad, wanted, f"d{name}")
+        leaves = [name for name in tensors if name not in ("cos", "sin")]
+        check_compiled(compiled, lambda **given: case.run(inlay, given), tensors, leaves, str(case))
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_inductor(device):
     """Between operations that Inductor fuses itself, on slices of one projection."""
 
-    def block(x, cos, sin, weight):
+    def block(x, weight, cos, sin):
         q, k = (x * 2).unflatten(-1, (6, 32)).split([4, 2], dim=2)
         q, k = inlay.qk_norm_rope(q, k, cos, sin, weight, weight)
         return (torch.sin(q).sum(2) * k.sum(2)).square().mean()
@@ -97,12 +87,7 @@ def test_inductor(device):
     x, weight = torch.randn(2, 9, 6 * 32, device=device), torch.randn(32, device=device)
     angles = torch.randn(9, 32, device=device)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    expected = block(x, angles.cos(), angles.sin(), weight)
-    expected_grads = torch.autograd.grad(expected, leaves)
-    actual = torch.compile(block, fullgraph=True)(x, angles.cos(), angles.sin(), weight)
-    torch.testing.assert_close(actual, expected)
-    for grad, wanted in zip(torch.autograd.grad(actual, leaves), expected_grads, strict=True):
-        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+    check_inductor(block, leaves, [angles.cos(), angles.sin()], rtol=1e-4, atol=1e-4)
 
 
 class Block(torch.nn.Module):
@@ -117,7 +102,6 @@ class Block(torch.nn.Module):
 
 
 def test_export(device):
-    block = Block().to(device)
     tokens = torch.export.Dim("tokens", min=2)
 
     def inputs(count: int) -> tuple[torch.Tensor, ...]:
@@ -125,21 +109,12 @@ def test_export(device):
         q, k = (torch.randn(2, count, heads, 32, device=device) for heads in (4, 2))
         return q, k, angles.cos(), angles.sin()
 
-    with torch.no_grad():
-        dynamic = ({1: tokens}, {1: tokens}, {0: tokens}, {0: tokens})
-        program = torch.export.export(block, inputs(9), dynamic_shapes=dynamic)
-        assert any("inlay.qk_norm_rope" in str(node.target) for node in program.graph.nodes)
-        longer = inputs(30)
-        assert_same_bits(program.module()(*longer), block(*longer), "exported")
+    dynamic = ({1: tokens}, {1: tokens}, {0: tokens}, {0: tokens})
+    check_exported(Block().to(device), "qk_norm_rope", inputs(9), inputs(30), dynamic)
 
 
 @pytest.mark.parametrize("case", BASIC, ids=str)
 def test_fake_tensors_have_the_real_form(case, device):
     tensors = case.inputs((2, 5, 4, 2, 32), BF16, device)
     tensors["q"] = torch.cat([tensors["q"], tensors["q"]], dim=3)[..., :32]
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = case.run(inlay, {name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
-    for fake, real in zip(fakes, case.run(inlay, tensors), strict=True):
-        assert (fake.shape, fake.dtype, fake.stride(), fake.device) == (
-            real.shape, real.dtype, real.stride(), real.device,
-        )  # fmt: skip
+    check_fake_form(lambda given: case.run(inlay, given), tensors)

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from torch import Tensor
 
 from inlay import _load
 
@@ -44,6 +45,11 @@ def each_dtype(*, halves_only: bool = False) -> pytest.MarkDecorator:
 
 def short_name(dtype: torch.dtype) -> str:
     return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}[dtype]
+
+
+def random_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of outputs, as any."""
+    return tuple(torch.randn(output.shape, device=output.device).to(output.dtype) for output in outputs)
 
 
 def poison_free_memory(device: str, block_bytes: tuple[int, ...], copies: int = 8) -> None:

@@ -22,7 +22,7 @@ inline KeyTileOrder key_tile_order(const BackwardParams& p, int64_t keys) {
   const int64_t heads = packed ? in.key_heads : in.batch * in.key_heads;
   const int64_t bytes = in.queries.tokens * in.group() * (in.head_dim * 6 + in.value_dim * 2);
   const int64_t head_group = bytes > 0 ? kQueryBytesTogether / bytes : 1;
-  if (places * heads >= int64_t{1} << 31) throw std::runtime_error("attention: k must have fewer than 2^31 tiles");
+  if (places * heads >= int64_t{1} << 31) fail("attention: k must have fewer than 2^31 tiles");
   KeyTileOrder order;
   order.count = static_cast<uint32_t>(places * heads);
   order.places = static_cast<uint32_t>(places);

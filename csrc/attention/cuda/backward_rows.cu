@@ -180,7 +180,7 @@ void prepare(const BackwardParams& params, const BackwardScratch& scratch, void*
                   scratch.turns, scratch.turn_count, scratch.dout,   1};
   while (p.row_lanes < 32 && p.row_lanes * 8 < params.inputs.value_dim) p.row_lanes *= 2;
   const int64_t rows = params.inputs.batch * params.inputs.queries.tokens * params.inputs.query_heads;
-  if (rows >= int64_t{1} << 32) throw std::runtime_error("attention_bwd: q must have fewer than 2^32 rows");
+  if (rows >= int64_t{1} << 32) fail("attention_bwd: q must have fewer than 2^32 rows");
   const auto launch = resident_launch<prepare_rows_kernel<T>, kRowThreads, 0, PrepareParams>(
       divide_up(rows * p.row_lanes, kRowThreads));
   launch.start(p, launch.blocks, stream);

@@ -1,8 +1,6 @@
 // Shapes of the tiles that the kernels for 16-bit values work on.
 #pragma once
 
-#include "common/cuda/launch.cuh"
-
 namespace inlay::attention::cuda {
 
 // What one block of the forward works on at a time. Each group is a warpgroup of 64 queries; another one fetches.

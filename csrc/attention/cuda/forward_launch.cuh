@@ -24,7 +24,7 @@ inline TileOrder tile_order(const Inputs& in, int64_t queries, void* scratch) {
   const int64_t places = packed ? in.queries.chunk_bound(queries) : divide_up(in.queries.tokens, queries);
   const int64_t heads = packed ? in.query_heads : in.batch * in.query_heads;
   const int64_t head_group = divide_up(kHeadsTogether, in.group()) * in.group();
-  if (places * heads >= int64_t{1} << 31) throw std::runtime_error("attention: q must have fewer than 2^31 tiles");
+  if (places * heads >= int64_t{1} << 31) fail("attention: q must have fewer than 2^31 tiles");
   TileOrder order;
   order.count = static_cast<uint32_t>(places * heads);
   order.places = static_cast<uint32_t>(places);

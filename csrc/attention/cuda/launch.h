@@ -3,7 +3,7 @@
 
 #include "attention/cuda/config.h"
 #include "attention/params.h"
-#include "common/cuda/tensor_map.cuh"
+#include "common/cuda/tensor_map.h"
 
 namespace inlay::attention::cuda {
 

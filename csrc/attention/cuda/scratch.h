@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/params.h"
-#include "common/cuda/tensor_map.cuh"
+#include "common/cuda/tensor_map.h"
 
 namespace inlay::attention::cuda {
 

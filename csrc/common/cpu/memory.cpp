@@ -7,13 +7,7 @@
 
 namespace inlay::cpu {
 
-std::unique_ptr<void, Free> make_memory(int64_t bytes) {
-  constexpr int64_t kLineBytes = 64;
-  std::unique_ptr<void, Free> memory(
-      std::aligned_alloc(kLineBytes, (bytes + kLineBytes - 1) / kLineBytes * kLineBytes));
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
+namespace {
 
 int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {
@@ -28,6 +22,8 @@ int64_t last_level_cache_bytes() {
   return bytes;
 }
 
+// Asks for huge pages. A freshly allocated tensor of tens of megabytes otherwise costs several times more in page
+// faults than in writing it. Does nothing for small sizes.
 void prefer_huge_pages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr int64_t kHugePage = int64_t{2} << 20;
@@ -37,6 +33,26 @@ void prefer_huge_pages(void* data, int64_t bytes) {
   // A wish: kernels without huge pages refuse it, and nothing is lost.
   (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+}  // namespace
+
+std::unique_ptr<void, Free> make_memory(int64_t bytes) {
+  constexpr int64_t kLineBytes = 64;
+  std::unique_ptr<void, Free> memory(
+      std::aligned_alloc(kLineBytes, (bytes + kLineBytes - 1) / kLineBytes * kLineBytes));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+bool prepare_outputs(std::initializer_list<Output> outputs) {
+  int64_t total = 0;
+  for (const Output& output : outputs) {
+    if (!output.data) continue;
+    prefer_huge_pages(output.data, output.bytes);
+    total += output.bytes;
+  }
+  return total > last_level_cache_bytes() / 2;
 }
 
 }  // namespace inlay::cpu

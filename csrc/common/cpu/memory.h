@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 
 namespace inlay::cpu {
@@ -14,10 +15,14 @@ struct Free {
 // Scratch memory, aligned to lines of the cache. Throws std::bad_alloc.
 std::unique_ptr<void, Free> make_memory(int64_t bytes);
 
-int64_t last_level_cache_bytes();
+// Memory that a kernel is about to write for the first time; null data: nothing.
+struct Output {
+  void* data;
+  int64_t bytes;
+};
 
-// Asks for huge pages under memory that is about to be written for the first time. A freshly allocated tensor of tens
-// of megabytes otherwise costs several times more in page faults than in writing it. Does nothing for small sizes.
-void prefer_huge_pages(void* data, int64_t bytes);
+// Makes outputs ready to be written. Returns whether to stream them past the caches: when they would push each other
+// out before anyone reads them.
+bool prepare_outputs(std::initializer_list<Output> outputs);
 
 }  // namespace inlay::cpu

@@ -1,75 +1,25 @@
-// Launching kernels: error checks, what must be known of the device, and programmatic dependent launch.
+// Launching kernels, and what they say to the kernels before and after them: programmatic dependent launch.
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
 
-#include <array>
-#include <atomic>
-#include <stdexcept>
-#include <string>
+#include "common/cuda/runtime.h"
 
 namespace inlay::cuda {
 
-// torch's own STD_CUDA_CHECK needs a symbol that torch 2.11 does not export.
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("inlay: ") + what + " failed: " + cudaGetErrorString(status));
-  }
-}
-
-inline int current_device() {
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  return device;
-}
-
-inline constexpr int kMaxDevices = 64;
-
-// Of the current device, looked up once. None that is asked for is zero.
-template <cudaDeviceAttr kAttribute>
-int device_attribute() {
-  static std::array<std::atomic<int>, kMaxDevices> values{};
-  const int device = current_device();
-  int value = values[device].load(std::memory_order_relaxed);
-  if (value == 0) {
-    check(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
-    values[device].store(value, std::memory_order_relaxed);
-  }
-  return value;
-}
-
-inline int multiprocessor_count() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
-
-// Whether kernels run there that are compiled for Hopper's own instructions.
-inline bool is_hopper() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
-
-// What one kernel can do on the current device, looked up once.
-struct KernelTraits {
-  int resident_blocks = 0;        // of a multiprocessor
-  bool dependent_launch = false;  // its code has griddepcontrol, so it may start before its predecessor has ended
-};
-
 // `Kernel` is the kernel function itself, so each has a cache of its own.
 template <auto Kernel>
-const KernelTraits& kernel_traits(int threads, int shared_bytes) {
-  static std::array<KernelTraits, kMaxDevices> traits{};
-  static std::array<std::atomic<bool>, kMaxDevices> known{};
-  const int device = current_device();
-  if (!known[device].load(std::memory_order_acquire)) {
-    KernelTraits found;
-    cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, Kernel), "loading a kernel for this GPU");
-    found.dependent_launch = attributes.ptxVersion >= 90;
-    if (shared_bytes > 0) {  // more than the 48 KiB a block gets without asking, its static arrays counted in
-      check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-            "raising a kernel's shared memory limit");
-    }
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found.resident_blocks, Kernel, threads, shared_bytes),
-          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    traits[device] = found;  // racing threads write the same values
-    known[device].store(true, std::memory_order_release);
-  }
-  return traits[device];
+KernelTraits kernel_traits(int threads, int shared_bytes) {
+  static KernelCache cache;
+  return kernel_traits(reinterpret_cast<const void*>(Kernel), cache, threads, shared_bytes);
+}
+
+// The numbers of a table's rows: there is a kernel for each.
+template <typename Row, int Count>
+constexpr auto row_numbers(const Row (&)[Count]) {
+  return std::make_integer_sequence<int, Count>{};
 }
 
 // A kernel made ready for some parameters: how many blocks, and how to start them.
@@ -84,20 +34,9 @@ struct Launch {
 // dependent launch, which is on the same GPUs.
 template <auto Kernel, int kThreads, int kSharedBytes = 0, typename Params>
 void start(const Params& params, dim3 grid, void* stream, int cluster = 1) {
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = !kernel_traits<Kernel>(kThreads, kSharedBytes).dependent_launch ? 0 : cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, Kernel, params), "launching a kernel");
+  static_assert(std::is_same_v<decltype(Kernel), void (*)(Params)>);
+  start_kernel(reinterpret_cast<const void*>(Kernel), kernel_traits<Kernel>(kThreads, kSharedBytes),
+               const_cast<Params*>(&params), grid, kThreads, kSharedBytes, cluster, stream);
 }
 
 // A kernel that gives each piece of work a block of its own.

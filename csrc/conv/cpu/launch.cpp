@@ -5,7 +5,7 @@
 #include <cstring>
 #include <memory>
 
-#include "common/cpu/isa.h"
+#include "common/cpu/launch.h"
 #include "common/cpu/memory.h"
 #include "common/cpu/offsets.h"
 #include "common/cpu/partial_sums.h"
@@ -14,31 +14,8 @@
 namespace inlay::conv {
 namespace {
 
-// Less than this many elements are not worth waking a second thread.
-constexpr int64_t kElementsPerThread = 32768;
-
 const Kernels& kernels_for(DType dtype) {
-  if (dtype == DType::f64) return kGenericF64Kernels;
-  switch (cpu::isa_in_use()) {
-#ifdef __x86_64__
-    case cpu::Isa::amx_bf16:  // tiles have nothing to offer to a convolution of single channels
-    case cpu::Isa::avx512_bf16:
-      return kAvx512Bf16Kernels;
-    case cpu::Isa::avx512:
-      return kAvx512Kernels;
-    case cpu::Isa::avx2:
-      return kAvx2Kernels;
-#endif
-    default:
-      return kGenericKernels;
-  }
-}
-
-// Makes an output of this many elements ready to be written. Returns whether to stream it past the caches.
-bool prepare_output(void* data, DType dtype, int64_t elements) {
-  const int64_t bytes = elements * size_of(dtype);
-  cpu::prefer_huge_pages(data, bytes);
-  return bytes > cpu::last_level_cache_bytes() / 2;
+  return dtype == DType::f64 ? kGenericF64Kernels : cpu::tier_in_use(INLAY_TIERS);
 }
 
 void check_offsets(const char* op, const Sequences& sequences) {
@@ -51,8 +28,7 @@ void check_offsets(const char* op, const Sequences& sequences) {
 template <class Body>
 void in_parallel(DType dtype, int64_t pieces, int64_t elements, Body body) {
   const int64_t bytes = dtype == DType::f64 ? scratch_bytes<double>() : scratch_bytes<float>();
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, pieces, cpu::grain(elements), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(new char[bytes]);
     body(begin, end, scratch.get());
   });
@@ -90,7 +66,7 @@ void copy_final_states(const ForwardParams& p) {
 void forward(const ForwardParams& p, void*) {
   check_offsets("causal_conv1d", p.sequences);
   const Kernels& kernels = kernels_for(p.dtype);
-  const bool stream = prepare_output(p.y.data, p.dtype, p.batch * p.time * p.channels);
+  const bool stream = cpu::prepare_outputs({{p.y.data, p.batch * p.time * p.channels * size_of(p.dtype)}});
   const int64_t tiles = p.batch * token_tiles(p.time);
   const int64_t pieces = p.time_contiguous ? p.batch * p.channels : channel_blocks(p.channels) * tiles;
   const int64_t elements = p.time_contiguous ? p.time : block_elements(p.channels, kTokenTile);
@@ -119,7 +95,7 @@ void backward(const BackwardParams& p, void*) {
   check_offsets("causal_conv1d_bwd", p.sequences);
   const Kernels& kernels = kernels_for(p.dtype);
   const int64_t tokens = p.batch * p.time;
-  const bool stream = prepare_output(p.dx.data, p.dtype, tokens * p.channels);
+  const bool stream = cpu::prepare_outputs({{p.dx.data, tokens * p.channels * size_of(p.dtype)}});
   const int64_t pieces = p.time_contiguous ? p.channels : channel_blocks(p.channels) * p.partial_rows;
   const int64_t elements = p.time_contiguous ? tokens : block_elements(p.channels, tokens / p.partial_rows);
   in_parallel(p.dtype, pieces, elements,

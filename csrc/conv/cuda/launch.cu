@@ -10,7 +10,7 @@ namespace {
 
 void require_supported(DType dtype) {
   if (dtype == DType::f64) {
-    throw std::runtime_error("inlay: x must be float32, bfloat16 or float16 on CUDA, got float64");
+    inlay::cuda::fail("inlay: x must be float32, bfloat16 or float16 on CUDA, got float64");
   }
 }
 

@@ -66,6 +66,7 @@ void layer_step(const LayerStepParams& p, void* stream) {
   inputs.scale = p.scale;
   inputs.l2norm_qk = true;
   rule.state = p.state;
+  rule.states_out = p.states_out;
   rule.o = {o.get(), dtype};
   step(rule, stream);
 

@@ -5,7 +5,7 @@
 
 namespace inlay::gdn::cuda {
 
-// Shared memory that a block must be able to have. Mirrored by python/inlay/ops/gdn.py.
+// Shared memory that a block must be able to have. Mirrored by python/inlay/ops/gdn/rule.py.
 inline constexpr int kChunkSharedBytes = 227 * 1024;
 
 // For q of 16-bit type T with at most kKeys columns: 64, 128 or 256.

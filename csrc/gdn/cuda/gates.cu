@@ -5,7 +5,6 @@
 // A block is 32 heads wide and eight rows high. The gradients of A_log and dt_bias are sums over all rows: each thread
 // adds its rows, each block its threads, a second kernel the blocks, all in a fixed order.
 #include <algorithm>
-#include <stdexcept>
 
 #include "common/cuda/launch.cuh"
 #include "gdn/cuda/gates.cuh"
@@ -87,8 +86,7 @@ __global__ void __launch_bounds__(kThreads) sum_gates_kernel(const __grid_consta
 }
 
 void require_supported(DType dtype) {
-  if (dtype == DType::f64)
-    throw std::runtime_error("inlay: a must be float32, bfloat16 or float16 on CUDA, got float64");
+  if (dtype == DType::f64) inlay::cuda::fail("inlay: a must be float32, bfloat16 or float16 on CUDA, got float64");
 }
 
 int64_t blocks_for(int64_t rows) { return std::clamp<int64_t>((rows + kRows - 1) / kRows, 1, kBlocks); }

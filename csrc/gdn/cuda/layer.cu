@@ -2,9 +2,6 @@
 #include "gdn/cuda/aligned.h"
 #include "gdn/cuda/layer.cuh"
 
-#include <algorithm>
-#include <stdexcept>
-
 #include "gdn/cuda/recurrent.h"
 
 namespace inlay::gdn {
@@ -13,17 +10,26 @@ namespace {
 
 constexpr int64_t kMaxCluster = 8;  // blocks: what every GPU with clusters has
 
+template <typename T, int kRows, bool kEvery>
+void launch(const LayerStepParams& p, void* stream) {
+  constexpr auto kKernel = layer_step_kernel<T, kRows, kEvery>;
+  constexpr int kSharedBytes = sizeof(LayerShared<kRows>);
+  const bool has_clusters = kernel_traits<kKernel>(kLayerThreads, kSharedBytes).dependent_launch;
+  const int64_t blocks = !has_clusters ? 1 : p.group() < kMaxCluster ? p.group() : kMaxCluster;
+  // Each state of `states_out` has K V elements, a multiple of 64.
+  const bool aligned = aligned_state(p.state) && aligned_pointer(p.states_out.data);
+  LayerKernelParams params{p, static_cast<int>(blocks), aligned, 0};
+  for (; params.first_sequence < p.conv.batch; params.first_sequence += kMaxGridSequences) {
+    const int64_t left = p.conv.batch - params.first_sequence;
+    const int64_t count = left < kMaxGridSequences ? left : kMaxGridSequences;
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.key_heads), static_cast<unsigned>(count));
+    start<kKernel, kLayerThreads, kSharedBytes>(params, grid, stream, static_cast<int>(blocks));
+  }
+}
+
 template <typename T, int kRows>
 void launch(const LayerStepParams& p, void* stream) {
-  constexpr int kSharedBytes = sizeof(LayerShared<kRows>);
-  const bool has_clusters = kernel_traits<layer_step_kernel<T, kRows>>(kLayerThreads, kSharedBytes).dependent_launch;
-  const int64_t blocks = has_clusters ? std::min(p.group(), kMaxCluster) : 1;
-  LayerKernelParams params{p, static_cast<int>(blocks), aligned_state(p.state), 0};
-  for (; params.first_sequence < p.conv.batch; params.first_sequence += kMaxGridSequences) {
-    const int64_t count = std::min(p.conv.batch - params.first_sequence, kMaxGridSequences);
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.key_heads), static_cast<unsigned>(count));
-    start<layer_step_kernel<T, kRows>, kLayerThreads, kSharedBytes>(params, grid, stream, static_cast<int>(blocks));
-  }
+  p.states_out.data ? launch<T, kRows, true>(p, stream) : launch<T, kRows, false>(p, stream);
 }
 
 template <typename T>
@@ -43,7 +49,7 @@ void layer_step(const LayerStepParams& params, void* stream) {
     case DType::f32:
       return cuda::launch<float>(params, stream);
     default:
-      throw std::runtime_error("inlay: mixed_qkv must be float32, bfloat16 or float16 on CUDA, got float64");
+      inlay::cuda::fail("inlay: mixed_qkv must be float32, bfloat16 or float16 on CUDA, got float64");
   }
 }
 

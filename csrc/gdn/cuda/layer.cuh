@@ -42,7 +42,8 @@ __device__ inline float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
-template <typename T, int kRows>
+// kEvery: the state after each token is wanted too.
+template <typename T, int kRows, bool kEvery>
 __global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
     layer_step_kernel(const __grid_constant__ LayerKernelParams params) {
   using Tile = StateTile<kRows, kLayerLanes>;
@@ -174,6 +175,10 @@ __global__ void __launch_bounds__(kLayerThreads, kRows <= 8 ? 2 : 1)
             [&](int column, float o) {
               if (first_column + column < values) shared.v[token][first_column + column] = rounded<T>(o);
             });
+        if constexpr (kEvery) {
+          const int64_t row = (int64_t{batch} * tokens + token) * value_heads + head;
+          tile.store(p.states_out.data, p.states_out.dtype, row * keys * values);
+        }
       }
       tile.store(p.state.data, p.state.dtype, p.state.offset(batch, head));
     }

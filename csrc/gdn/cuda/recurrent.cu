@@ -1,7 +1,4 @@
 // Chooses the recurrent kernel for some parameters, and the steps of gdn/params.h, which it computes.
-#include <algorithm>
-#include <stdexcept>
-
 #include "gdn/cuda/aligned.h"
 #include "gdn/cuda/recurrent.cuh"
 
@@ -15,7 +12,8 @@ void launch(RecurrentParams p, void* stream) {
   const unsigned tiles = static_cast<unsigned>((p.inputs.value_dim + Tile::kColumns - 1) / Tile::kColumns);
   const unsigned heads = static_cast<unsigned>(p.inputs.value_heads);
   for (; p.first_sequence < p.inputs.sequences.count; p.first_sequence += kMaxGridSequences) {
-    const int64_t count = std::min(p.inputs.sequences.count - p.first_sequence, kMaxGridSequences);
+    const int64_t left = p.inputs.sequences.count - p.first_sequence;
+    const int64_t count = left < kMaxGridSequences ? left : kMaxGridSequences;
     start<recurrent_kernel<T, kRows, kColumnLanes>, Tile::kThreads>(p, dim3(tiles, heads, static_cast<unsigned>(count)),
                                                                     stream);
   }
@@ -57,7 +55,7 @@ void recurrent(RecurrentParams p, void* stream) {
     case DType::f32:
       return launch<float>(p, stream);
     default:
-      throw std::runtime_error("inlay: q must be float32, bfloat16 or float16 on CUDA, got float64");
+      inlay::cuda::fail("inlay: q must be float32, bfloat16 or float16 on CUDA, got float64");
   }
 }
 

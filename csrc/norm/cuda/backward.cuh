@@ -28,7 +28,7 @@ using BackwardBuffer = RowBuffer<kRole == Role::plain ? 2 : 3, kBackwardShapes[k
                                  kBackwardShapes[kIndex].threads, kStages>;
 
 template <typename T, Role kRole, typename W, bool kBias, int kIndex>
-__device__ inline void backward_rows(const BackwardParams& p) {
+__device__ __forceinline__ void backward_rows(const BackwardParams& p) {
   constexpr Shape kShape = kBackwardShapes[kIndex];
   constexpr int kGroup = kShape.group;
   constexpr int kVectors = kShape.vectors;

@@ -28,7 +28,7 @@ using ForwardBuffer =
     RowBuffer<2, forward_shapes<kRole>()[kIndex].vectors, forward_shapes<kRole>()[kIndex].threads, kStages>;  // x, gate
 
 template <typename T, Role kRole, typename W, bool kStepwise, int kIndex>
-__device__ inline void forward_rows(const ForwardParams& p) {
+__device__ __forceinline__ void forward_rows(const ForwardParams& p) {
   constexpr Shape kShape = forward_shapes<kRole>()[kIndex];
   constexpr int kGroup = kShape.group;
   constexpr int kVectors = kShape.vectors;

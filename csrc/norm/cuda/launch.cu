@@ -73,8 +73,7 @@ auto with_type_and_role(DType dtype, Role role, Use use) {
 }
 
 void require_supported(DType dtype) {
-  if (dtype == DType::f64)
-    throw std::runtime_error("inlay: x must be float32, bfloat16 or float16 on CUDA, got float64");
+  if (dtype == DType::f64) inlay::cuda::fail("inlay: x must be float32, bfloat16 or float16 on CUDA, got float64");
 }
 
 Launch<ForwardParams> find_forward(const ForwardParams& p) {

@@ -1,8 +1,6 @@
 // Picks the backward kernel of a row of the shape table; instantiated per role and dtype in instantiations/.
 #pragma once
 
-#include <utility>
-
 #include "norm/cuda/backward.cuh"
 #include "norm/cuda/launch.h"
 
@@ -26,7 +24,7 @@ Launch<BackwardParams> backward_launch(const BackwardParams& params, int shape,
 
 template <typename T, Role kRole>
 Launch<BackwardParams> register_backward(const BackwardParams& params, int shape) {
-  constexpr auto kIndices = std::make_integer_sequence<int, std::size(kBackwardShapes)>{};
+  constexpr auto kIndices = inlay::cuda::row_numbers(kBackwardShapes);
   if constexpr (kRole == Role::plain) {  // the only role whose kernels sum a bias's gradient
     if (params.dbias.data) return backward_launch<T, kRole, true>(params, shape, kIndices);
   }

@@ -1,8 +1,6 @@
 // Picks the forward kernel of a row of the shape table; instantiated per role and dtype in instantiations/.
 #pragma once
 
-#include <utility>
-
 #include "norm/cuda/forward.cuh"
 #include "norm/cuda/launch.h"
 
@@ -29,7 +27,7 @@ Launch<ForwardParams> forward_launch(const ForwardParams& params, int shape, std
 
 template <typename T, Role kRole>
 Launch<ForwardParams> register_forward(const ForwardParams& params, int shape) {
-  return forward_launch<T, kRole>(params, shape, std::make_integer_sequence<int, std::size(forward_shapes<kRole>())>{});
+  return forward_launch<T, kRole>(params, shape, inlay::cuda::row_numbers(forward_shapes<kRole>()));
 }
 
 }  // namespace inlay::norm::cuda

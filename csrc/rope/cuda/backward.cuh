@@ -65,8 +65,8 @@ __device__ inline void turn_back(const Share& share, const Angles& angles, float
 
 // `block` of the `blocks` that work on this side.
 template <typename T, typename C, bool kNorm, bool kInterleaved, int kIndex>
-__device__ inline void backward_heads(const BackwardParams& p, const BackwardSide& side, uint32_t block,
-                                      uint32_t blocks) {
+__device__ __forceinline__ void backward_heads(const BackwardParams& p, const BackwardSide& side, uint32_t block,
+                                               uint32_t blocks) {
   constexpr Shape kShape = kBackwardShapes[kIndex];
   constexpr int kGroup = kShape.group;
   constexpr int kGroups = 32 / kGroup;  // of a warp

@@ -1,8 +1,6 @@
 // The CUDA side of rope/params.h: chooses a kernel and starts it.
 #include "rope/cuda/launch.h"
 
-#include <stdexcept>
-
 #include "common/cuda/vector.cuh"
 #include "rope/cuda/sum_partials.cuh"
 
@@ -38,8 +36,7 @@ int shape_for(const Shape (&shapes)[Count], const Problem& p) {
 }
 
 void require_supported(DType dtype) {
-  if (dtype == DType::f64)
-    throw std::runtime_error("inlay: q must be float32, bfloat16 or float16 on CUDA, got float64");
+  if (dtype == DType::f64) inlay::cuda::fail("inlay: q must be float32, bfloat16 or float16 on CUDA, got float64");
 }
 
 // Calls `use` with a value of the dtype's element type.

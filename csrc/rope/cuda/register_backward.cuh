@@ -1,8 +1,6 @@
 // Picks the backward kernel of a row of the shape table; instantiated per dtype in instantiations/.
 #pragma once
 
-#include <utility>
-
 #include "rope/cuda/backward.cuh"
 #include "rope/cuda/launch.h"
 
@@ -27,7 +25,7 @@ BackwardLaunch backward_launch(const BackwardParams& params, int shape, std::int
 
 template <typename T, typename C>
 BackwardLaunch register_backward(const BackwardParams& params, int shape) {
-  constexpr auto kIndices = std::make_integer_sequence<int, std::size(kBackwardShapes)>{};
+  constexpr auto kIndices = inlay::cuda::row_numbers(kBackwardShapes);
   if (params.normalises) {
     return params.interleaved ? backward_launch<T, C, true, true>(params, shape, kIndices)
                               : backward_launch<T, C, true, false>(params, shape, kIndices);

@@ -1,8 +1,6 @@
 // Picks the forward kernel of a row of the shape table; instantiated per dtype in instantiations/.
 #pragma once
 
-#include <utility>
-
 #include "rope/cuda/forward.cuh"
 #include "rope/cuda/launch.h"
 
@@ -26,7 +24,7 @@ Launch<ForwardParams> forward_launch(const ForwardParams& params, int shape, std
 
 template <typename T, Form kForm>
 Launch<ForwardParams> register_forward(const ForwardParams& params, int shape) {
-  constexpr auto kIndices = std::make_integer_sequence<int, std::size(kForwardShapes)>{};
+  constexpr auto kIndices = inlay::cuda::row_numbers(kForwardShapes);
   if constexpr (kForm != Form::stepwise) {  // which has weights
     if (!params.normalises) {
       return params.interleaved ? forward_launch<T, false, true, kForm>(params, shape, kIndices)

@@ -108,13 +108,14 @@ def gdn_layer_step(
     key_heads: int,
     eps: float = 1e-6,
     beta_scale: float = 1.0,
+    states_out: Tensor | None = None,
 ) -> Tensor:
     convolved = causal_conv1d_step(mixed_qkv, conv_state, conv_weight, conv_bias, activation="silu")
     keys = key_heads * state.shape[2]
     q, k, v = convolved.split([keys, keys, z.shape[2] * z.shape[3]], -1)
     q, k = (x.unflatten(-1, (key_heads, state.shape[2])) for x in (q, k))
     g, beta = gdn_gates(a, b, A_log, dt_bias, beta_scale=beta_scale)
-    o = gated_delta_step(q, k, v.unflatten(-1, z.shape[2:]), g, beta, state, l2norm_qk=True)
+    o = gated_delta_step(q, k, v.unflatten(-1, z.shape[2:]), g, beta, state, l2norm_qk=True, states_out=states_out)
     return gated_rms_norm(o, z, norm_weight, eps=eps)
 
 

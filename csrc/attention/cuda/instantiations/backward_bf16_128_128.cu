@@ -1,8 +1,0 @@
-#include "attention/cuda/backward_launch.cuh"
-
-namespace inlay::attention::cuda {
-
-template void backward_tiles<__nv_bfloat16, backward_shape(128, 128)>(const BackwardParams&, const BackwardScratch&,
-                                                                      void*);
-
-}  // namespace inlay::attention::cuda

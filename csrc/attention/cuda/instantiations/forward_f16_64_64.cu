@@ -1,7 +1,0 @@
-#include "attention/cuda/forward_launch.cuh"
-
-namespace inlay::attention::cuda {
-
-template void forward_tiles<__half, forward_shape(64, 64)>(const ForwardParams&, void*);
-
-}  // namespace inlay::attention::cuda

@@ -1,5 +1,0 @@
-#include "conv/cuda/channels_forward.cuh"
-
-namespace inlay::conv::cuda {
-template Plan<ForwardParams> channels_forward<__nv_bfloat16>(const ForwardParams&);
-}

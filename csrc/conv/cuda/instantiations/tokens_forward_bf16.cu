@@ -1,5 +1,0 @@
-#include "conv/cuda/tokens_forward.cuh"
-
-namespace inlay::conv::cuda {
-template Plan<ForwardParams> tokens_forward<__nv_bfloat16>(const ForwardParams&);
-}

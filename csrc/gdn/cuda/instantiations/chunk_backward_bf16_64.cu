@@ -1,7 +1,0 @@
-#include "gdn/cuda/chunk_backward.cuh"
-
-namespace inlay::gdn::cuda {
-
-template void chunk_backward<__nv_bfloat16, 64>(const BackwardParams&, void*);
-
-}  // namespace inlay::gdn::cuda

@@ -1,7 +1,0 @@
-#include "gdn/cuda/chunk_backward.cuh"
-
-namespace inlay::gdn::cuda {
-
-template void chunk_backward<__half, 64>(const BackwardParams&, void*);
-
-}  // namespace inlay::gdn::cuda

@@ -1,7 +1,0 @@
-#include "gdn/cuda/chunk_forward.cuh"
-
-namespace inlay::gdn::cuda {
-
-template void chunk_forward<__nv_bfloat16, 128>(const ForwardParams&, void*);
-
-}  // namespace inlay::gdn::cuda

@@ -1,5 +1,0 @@
-#include "rope/cuda/register_backward.cuh"
-
-namespace inlay::rope::cuda {
-template BackwardLaunch register_backward<__half, float>(const BackwardParams&, int);
-}
