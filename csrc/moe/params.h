@@ -98,7 +98,7 @@ struct ExpertInputs {
 
 // The rows. `slots[r]` is token * K + slot; expert e has rows ends[e - 1] (0 for the first) to ends[e].
 struct Rows {
-  int32_t* slots = nullptr;  // [T * K]; what is beyond the last end has no meaning
+  int32_t* slots = nullptr;  // [T * K]; beyond the last end those of no expert
   int32_t* ends = nullptr;   // [E]
 };
 

@@ -34,15 +34,13 @@ void sort_rows(const ExpertForwardParams& p) {
     ++next[index];
   }
   int32_t end = 0;
-  for (int64_t e = 0; e < in.experts; ++e) {
+  for (int64_t e = 0; e <= in.experts; ++e) {
     const int32_t rows = next[e];
     next[e] = end;
-    p.rows.ends[e] = end += rows;
+    end += rows;
+    if (e < in.experts) p.rows.ends[e] = end;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t index = p.indices[i];
-    if (index < in.experts) p.rows.slots[next[index]++] = static_cast<int32_t>(i);
-  }
+  for (int64_t i = 0; i < count; ++i) p.rows.slots[next[p.indices[i]]++] = static_cast<int32_t>(i);
 }
 
 // Rows that came sorted.
@@ -57,6 +55,23 @@ void number_rows(const ExpertForwardParams& p) {
     previous = end;
   }
   for (int64_t i = 0; i < in.tokens; ++i) p.rows.slots[i] = static_cast<int32_t>(i);
+}
+
+// Rows are indices into everything else: those of a backward come from outside.
+void check_rows(const ExpertInputs& in, const Rows& rows) {
+  const char* op = "moe_experts_bwd";
+  int64_t end = 0;
+  for (int64_t e = 0; e < in.experts; ++e) {
+    const int64_t first = end;
+    end = rows.ends[e];
+    INLAY_CHECK(end >= first && end <= in.most_rows(), op, ": ends must not decrease, and be at most ", in.most_rows(),
+                ", got ", end, " after ", first);
+    for (int64_t row = first; row < end; ++row) {
+      const int64_t slot = rows.slots[row];
+      INLAY_CHECK(slot >= 0 && slot < in.most_rows() && (row == first || slot > rows.slots[row - 1]), op,
+                  ": rows must be from 0 to ", in.most_rows() - 1, " and increase within an expert, got ", slot);
+    }
+  }
 }
 
 // An expert's tiles follow each other, so that its weights are still in the cache.
@@ -180,6 +195,7 @@ void forward(const ExpertForwardParams& p, void*) {
 
 void backward(const ExpertBackwardParams& p, void*) {
   const ExpertInputs& in = p.inputs;
+  check_rows(in, p.rows);
   const Kernels& kernels = kernels_for(in.x.dtype);
   const ScratchLayout layout(p);
   char* memory = aligned(p.scratch);

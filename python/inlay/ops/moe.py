@@ -264,11 +264,11 @@ def _experts(
     limit: float | None, recompute: bool,
 ) -> Tensor:  # fmt: skip
     if shared_gate is not None:
-        shared_gate = shared_gate.reshape(-1)
+        shared_gate = shared_gate.reshape(-1).contiguous()
     arguments = (
         _dense(x), indices, None if weights is None else weights.contiguous(), ends, gate_up_proj, down_proj,
         gate_up_bias, down_bias, None if shared is None else _dense(shared), shared_gate, ACTIVATIONS[activation],
-        gated, interleaved, transposed, float("inf") if limit is None else float(limit),
+        gated, interleaved, transposed, torch.inf if limit is None else limit,
     )  # fmt: skip
     if not checks.needs_grad(
         x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, shared, shared_gate
