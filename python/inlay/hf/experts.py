@@ -31,6 +31,7 @@ from inlay.reference.moe import _activated
 
 OPS = ("moe_experts",)
 NAME = "inlay"
+NO_KERNELS = "no CUDA kernels yet"
 
 _MODULE = "transformers.integrations.moe"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts", "down_proj")
@@ -82,6 +83,8 @@ def plan(module: nn.Module) -> Plan | str | None:
     if not all(hasattr(module, name) for name in _FLAGS) or not hasattr(module, "_apply_gate"):
         return None
     reason = _structural_reason(module) or _gate_reason(module)
+    if reason is None and not kernels.has_kernel(module.down_proj):  # type: ignore[arg-type]
+        reason = NO_KERNELS
     return reason or Plan("moe_experts", forward, None)
 
 
@@ -182,7 +185,7 @@ def why_not(module: Any, x: Tensor, indices: Tensor, weights: Tensor) -> str | N
         up, down = up.mT, down.mT
     if up.shape[2] != x.shape[1] or up.shape[1] != down.shape[2] * (2 if module.has_gate else 1):
         return "its projections do not fit x or each other"
-    return device_reason(x) or transform_reason() or (None if kernels.has_kernel(x) else "no CUDA kernels yet")
+    return device_reason(x) or transform_reason() or (None if kernels.has_kernel(x) else NO_KERNELS)
 
 
 def _structural_reason(module: Any) -> str | None:

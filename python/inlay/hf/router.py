@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from inlay import reference
 from inlay.hf.binding import Plan, binding_of
+from inlay.hf.experts import NO_KERNELS
 from inlay.hf.norms import device_reason, is_plain, transform_reason
 from inlay.ops import _checks as checks
 from inlay.ops import _moe_kernels as kernels
@@ -71,6 +72,8 @@ def plan(module: nn.Module) -> Plan | str | None:
     """A plan for a router; why not, for a module that looks like one; None for any other."""
     if not type(module).__name__.lower().endswith("router") or not _looks_like_router(module):
         return None
+    if not kernels.has_kernel(module.weight):  # type: ignore[arg-type]
+        return NO_KERNELS
     key = _key(module)
     try:
         spec = _known.get(key)
@@ -154,7 +157,7 @@ def _reason(router: Any, spec: RouterSpec, x: Tensor) -> str | None:
         return "weight and bias differ in dtype"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast changes what it computes"
-    return device_reason(x) or transform_reason() or (None if kernels.has_kernel(x) else "no CUDA kernels yet")
+    return device_reason(x) or transform_reason() or (None if kernels.has_kernel(x) else NO_KERNELS)
 
 
 def _by_experiment(module: Any) -> RouterSpec | str:
