@@ -184,8 +184,10 @@ class Combine {
       const int64_t first = row_from(expert, task.token), last = row_from(expert, task.end);
       if (first == last) continue;
       load_bias<Vec>(p_.bias, expert, task.feature, task.features, bias_);
-      for (int64_t row = first; row < last; row += kTileRows) {
-        add_rows(task, expert, row, smaller(kTileRows, last - row));
+      const int64_t tiles = (last - first + kTileRows - 1) / kTileRows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {  // of about as many rows each
+        const int64_t row = first + (last - first) * tile / tiles;
+        add_rows(task, expert, row, first + (last - first) * (tile + 1) / tiles - row);
       }
     }
     store(task);

@@ -9,7 +9,7 @@ namespace inlay::moe {
 
 // Sizes of blocks, for which a core's second-level cache has room. A result depends on none of them: each is a chain of
 // multiply-adds over its own inputs in their order, however rows and features are cut.
-constexpr int64_t kTileRows = 64;      // rows of an expert that meet its weights together
+constexpr int64_t kTileRows = 128;     // rows of an expert that meet its weights together, at most
 constexpr int64_t kTileDepth = 256;    // of a product's inner dimension, that are packed at a time
 constexpr int64_t kTileFeatures = 96;  // of weights, likewise
 constexpr int64_t kUpFeatures = 256;   // activations of a task

@@ -82,8 +82,10 @@ std::vector<UpTask> up_tasks(const ExpertInputs& in, const Rows& rows) {
     if (first == last) continue;
     for (int64_t feature = 0; feature < in.intermediate; feature += kUpFeatures) {
       const int64_t features = std::min(kUpFeatures, in.intermediate - feature);
-      for (int64_t row = first; row < last; row += kTileRows) {
-        tasks.push_back({e, row, std::min(kTileRows, last - row), feature, features});
+      const int64_t tiles = (last - first + kTileRows - 1) / kTileRows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {  // of about as many rows each
+        const int64_t row = first + (last - first) * tile / tiles;
+        tasks.push_back({e, row, first + (last - first) * (tile + 1) / tiles - row, feature, features});
       }
     }
   }
@@ -170,6 +172,10 @@ int64_t scratch_bytes(const ExpertBackwardParams& p) { return ScratchLayout(p).e
 
 void forward(const ExpertForwardParams& p, void*) {
   const ExpertInputs& in = p.inputs;
+  const int64_t element = size_of(in.x.dtype);
+  cpu::prefer_huge_pages(p.y.data, in.tokens * in.hidden * element);
+  cpu::prefer_huge_pages(p.h.data, p.h.data ? in.most_rows() * in.pre_activations() * element : 0);
+  cpu::prefer_huge_pages(p.scratch, scratch_bytes(p));
   const Kernels& kernels = kernels_for(in.x.dtype);
   if (p.sorted) {
     number_rows(p);
@@ -196,6 +202,11 @@ void forward(const ExpertForwardParams& p, void*) {
 void backward(const ExpertBackwardParams& p, void*) {
   const ExpertInputs& in = p.inputs;
   check_rows(in, p.rows);
+  const int64_t element = size_of(in.x.dtype), matrix = in.experts * in.intermediate * in.hidden * element;
+  cpu::prefer_huge_pages(p.dx.data, p.dx.data ? in.tokens * in.hidden * element : 0);
+  cpu::prefer_huge_pages(p.dgate_up_proj.data, p.dgate_up_proj.data ? (in.gating.gated ? 2 : 1) * matrix : 0);
+  cpu::prefer_huge_pages(p.ddown_proj.data, p.ddown_proj.data ? matrix : 0);
+  cpu::prefer_huge_pages(p.scratch, scratch_bytes(p));
   const Kernels& kernels = kernels_for(in.x.dtype);
   const ScratchLayout layout(p);
   char* memory = aligned(p.scratch);

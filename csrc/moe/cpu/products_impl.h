@@ -19,6 +19,7 @@ namespace {
 using namespace inlay::cpu;
 
 INLAY_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr int64_t kFewRows = 4;
 
@@ -43,7 +44,15 @@ INLAY_INLINE Weights weights_of(const ExpertMatrices& matrices, int64_t expert, 
 // to = the first `rows` rows of `columns` elements, widened.
 template <class Vec, class E, class Scalar = typename Vec::Scalar>
 INLAY_INLINE void load_block(const E* from, int64_t stride, int64_t rows, int64_t columns, Matrix<Scalar> to) {
-  for (int64_t i = 0; i < rows; ++i) load_row<Vec>(from + i * stride, to.row(i), columns);
+  constexpr int64_t kAhead = 3;
+  for (int64_t i = 0; i < rows; ++i) {
+    const E* row = from + i * stride;
+    // Rows are pages apart, which the processor does not foresee. A hint, harmless beyond the last row.
+    for (int64_t j = 0; j < columns; j += kLineBytes / static_cast<int64_t>(sizeof(E))) {
+      __builtin_prefetch(row + kAhead * stride + j);
+    }
+    load_row<Vec>(row, to.row(i), columns);
+  }
 }
 
 // c = weights * b for `features` features and `rows` rows, which are columns here, a multiple of lanes.
@@ -79,47 +88,87 @@ constexpr int64_t tile_elements() {
   return upright > lying ? upright : lying;
 }
 
-// y[r][f] for `rows` rows of x, both a row's elements side by side.
+// sums[r] += block^T x[r], for lanes features, which are the block's rows, and `count` elements of their depth.
+template <class Vec, int64_t rows, class Scalar = typename Vec::Scalar>
+INLAY_INLINE void add_block(Vec (&block)[Vec::lanes], Matrix<Scalar> x, int64_t d, int64_t count, Vec (&sums)[rows]) {
+  Vec::transpose(block);
+  if (count == Vec::lanes) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < Vec::lanes; ++i) {
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < rows; ++r) sums[r] = fma(block[i], Vec::set(x.row(r)[d + i]), sums[r]);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t r = 0; r < rows; ++r) sums[r] = fma(block[i], Vec::set(x.row(r)[d + i]), sums[r]);
+    }
+  }
+}
+
+// Features [f, f + lanes), of which `features` are there, at depth [d, d + count).
+template <class Vec, class E>
+INLAY_INLINE void load_features(const E* data, int64_t stride, int64_t features, int64_t count,
+                                Vec (&block)[Vec::lanes]) {
+  for (int64_t i = 0; i < Vec::lanes; ++i) {
+    block[i] = i >= features         ? Vec::set(0)
+               : count == Vec::lanes ? Vec::load(data + i * stride, Full{})
+                                     : Vec::load(data + i * stride, Partial{count});
+  }
+}
+
+// y[r][f] for `rows` rows of x, both a row's elements side by side. Blocks of the matrix are turned round in registers.
 template <class Vec, int64_t rows, class E, class Scalar = typename Vec::Scalar>
 void multiply_rows_across(const E* data, int64_t stride, int64_t features, int64_t depth, Matrix<Scalar> x,
                           Matrix<Scalar> y) {
   constexpr int64_t lanes = Vec::lanes;
   constexpr int64_t kBlocks = 2;  // chains of additions that need not wait for each other
-  for (int64_t f = 0; f < features; f += kBlocks * lanes) {
+  // All that a line of the cache holds of a feature at once: rows of matrices lie so far apart that their lines push
+  // each other out.
+  constexpr int64_t kLine = larger_of(kLineBytes / static_cast<int64_t>(sizeof(E)), lanes);
+  constexpr int64_t kAhead = 4 * kLine;
+  int64_t f = 0;
+  for (; f + kBlocks * lanes <= features; f += kBlocks * lanes) {
     Vec sums[kBlocks][rows];
     for (auto& block : sums) {
       for (Vec& row : block) row = Vec::set(0);
     }
-    for (int64_t d = 0; d < depth; d += lanes) {
-      const int64_t count = smaller(lanes, depth - d);
+    int64_t d = 0;
+    for (; d + kLine <= depth; d += kLine) {
+#pragma GCC unroll 2
       for (int64_t b = 0; b < kBlocks; ++b) {
-        Vec block[lanes];
-        const int64_t first = f + b * lanes;
-        if (count == lanes && first + lanes <= features) {
-          for (int64_t i = 0; i < lanes; ++i) block[i] = Vec::load(data + (first + i) * stride + d, Full{});
-        } else {
-          for (int64_t i = 0; i < lanes; ++i) {
-            const E* row = data + (first + i) * stride + d;
-            block[i] = first + i >= features ? Vec::set(0)
-                       : count == lanes      ? Vec::load(row, Full{})
-                                             : Vec::load(row, Partial{count});
-          }
-        }
-        Vec::transpose(block);
-        if (count == lanes) {
-          for (int64_t i = 0; i < lanes; ++i) {
-            for (int64_t r = 0; r < rows; ++r) sums[b][r] = fma(block[i], Vec::set(x.row(r)[d + i]), sums[b][r]);
-          }
-        } else {
-          for (int64_t i = 0; i < count; ++i) {
-            for (int64_t r = 0; r < rows; ++r) sums[b][r] = fma(block[i], Vec::set(x.row(r)[d + i]), sums[b][r]);
-          }
+        const E* from = data + (f + b * lanes) * stride + d;
+        for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(from + i * stride + kAhead);
+#pragma GCC unroll 8
+        for (int64_t part = 0; part < kLine; part += lanes) {
+          Vec block[lanes];
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < lanes; ++i) block[i] = Vec::load(from + i * stride + part, Full{});
+          add_block<Vec, rows>(block, x, d + part, lanes, sums[b]);
         }
       }
     }
-    for (int64_t b = 0; b < kBlocks && f + b * lanes < features; ++b) {
+    for (; d < depth; d += lanes) {
+      const int64_t count = smaller(lanes, depth - d);
+      for (int64_t b = 0; b < kBlocks; ++b) {
+        Vec block[lanes];
+        load_features<Vec>(data + (f + b * lanes) * stride + d, stride, lanes, count, block);
+        add_block<Vec, rows>(block, x, d, count, sums[b]);
+      }
+    }
+    for (int64_t b = 0; b < kBlocks; ++b) {
       for (int64_t r = 0; r < rows; ++r) Vec::store(y.row(r) + f + b * lanes, sums[b][r], Full{});
     }
+  }
+  for (; f < features; f += lanes) {
+    Vec sums[rows];
+    for (Vec& row : sums) row = Vec::set(0);
+    for (int64_t d = 0; d < depth; d += lanes) {
+      const int64_t count = smaller(lanes, depth - d);
+      Vec block[lanes];
+      load_features<Vec>(data + f * stride + d, stride, features - f, count, block);
+      add_block<Vec, rows>(block, x, d, count, sums);
+    }
+    for (int64_t r = 0; r < rows; ++r) Vec::store(y.row(r) + f, sums[r], Full{});
   }
 }
 

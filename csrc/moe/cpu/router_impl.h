@@ -80,8 +80,14 @@ class Router {
   // scores_: the softmax, or sigmoids; lse_ either way.
   void score() {
     const int64_t n = in_.experts;
-    Scalar most = logits_[0];
-    for (int64_t e = 1; e < n; ++e) most = precedes(logits_[e], most) ? logits_[e] : most;
+    Scalar most = logits_[0];  // but for NaN, which the sum shows
+    Vec largest = Vec::set(most);
+    int64_t whole = 0;
+    for (; whole + Vec::lanes <= n; whole += Vec::lanes) largest = max(Vec::load(logits_ + whole, Full{}), largest);
+    Scalar lanes_of[Vec::lanes];
+    Vec::store(lanes_of, largest, Full{});
+    for (const Scalar lane : lanes_of) most = lane > most ? lane : most;
+    for (; whole < n; ++whole) most = logits_[whole] > most ? logits_[whole] : most;
     const Vec shift = Vec::set(most);
     Vec total = Vec::set(0);
     sweep<Vec>(n, [&](int64_t e, auto lanes) {
@@ -126,11 +132,14 @@ class Router {
   // The `count` first of values[0, size) in the order of choice.
   static void top(const Scalar* values, int64_t size, int64_t count, int64_t* best) {
     int64_t found = 0;
+    Scalar last = 0;  // the value of the last of the best, once there are as many
     for (int64_t e = 0; e < size; ++e) {
-      if (found == count && !precedes(values[e], values[best[count - 1]])) continue;
+      if (found == count && values[e] <= last) continue;
+      if (found == count && !precedes(values[e], last)) continue;
       int64_t place = found < count ? found++ : count - 1;
       for (; place > 0 && precedes(values[e], values[best[place - 1]]); --place) best[place] = best[place - 1];
       best[place] = e;
+      last = values[best[found - 1]];
     }
   }
 
@@ -181,11 +190,14 @@ class Router {
   }
 
   void store_weights(const RouterForwardParams& p, int64_t token, const int64_t* indices) {
-    Scalar weights[kMaxSlots];
+    Scalar weights[kMaxSlots] = {};
     weights_of(indices, weights);
-    for (int64_t k = 0; k < in_.slots; ++k) {
-      store_number<Vec>(weights[k] * static_cast<Scalar>(in_.scaling), p.weights, token * in_.slots + k);
-    }
+    const Vec scaling = Vec::set(static_cast<Scalar>(in_.scaling));
+    with_element_type<Vec>(p.weights.dtype, [&](auto element) {
+      auto* out = static_cast<typename decltype(element)::type*>(p.weights.data) + token * in_.slots;
+      sweep<Vec>(in_.slots,
+                 [&](int64_t k, auto lanes) { Vec::store(out + k, Vec::load(weights + k, Full{}) * scaling, lanes); });
+    });
   }
 
   void add_statistics(const RouterForwardParams& p, int64_t token, const int64_t* indices, int64_t* counts,

@@ -62,9 +62,12 @@ def plan(module: nn.Module) -> Plan | str | None:
     reason = _known[cls]
     if reason is not None:
         return reason
-    gated = children == _GATED
-    names = ("shared_expert", "shared_expert_gate") if gated else ("shared_experts", None)
-    return Plan("moe_block", forward, BlockSpec(*names, type(module._modules["experts"])))  # type: ignore[arg-type]
+    inner_cls = type(module.experts)
+    if children == _GATED:
+        spec = BlockSpec("shared_expert", "shared_expert_gate", inner_cls)  # type: ignore[arg-type]
+    else:
+        spec = BlockSpec("shared_experts", None, inner_cls)  # type: ignore[arg-type]
+    return Plan("moe_block", forward, spec)
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +107,7 @@ def _reason(block: Any, spec: BlockSpec, x: Any) -> str | None:
     return experts.why_not(inner, flat, none.long(), none)
 
 
-def _run(block: Any, spec: BlockSpec, x: Tensor) -> Tensor:
+def _run(block: Any, spec: BlockSpec, x: Any) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     shared = getattr(block, spec.shared)(flat)
     _, weights, indices = block.gate(flat)

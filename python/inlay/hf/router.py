@@ -187,7 +187,8 @@ def _by_experiment(module: Any) -> RouterSpec | str:
 
 def _twin(module: Any, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """A stand-in, and tokens for it whose logits are of size 1 and far from equal."""
-    twin = type(module).__new__(type(module))
+    cls: Any = type(module)
+    twin = cls.__new__(cls)
     vars(twin).update({name: value for name, value in vars(module).items() if name != "forward"})
     generator = torch.Generator().manual_seed(0)
 

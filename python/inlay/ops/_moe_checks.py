@@ -136,6 +136,7 @@ def check_experts(
         checks.given(op, "indices", indices)  # type: ignore[arg-type]
         checks.given(op, "weights", weights)  # type: ignore[arg-type]
         assert indices is not None
+        assert weights is not None
         if indices.dim() != 2 or indices.shape[0] != tokens:
             raise ValueError(f"{op}: indices must have shape [{tokens}, K], got {list(indices.shape)}")
         checks.on_device(op, "indices", indices, x)

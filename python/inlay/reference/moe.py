@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -179,19 +180,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 
 
 def _activated(h: Tensor, activation: str, gated: bool, interleaved: bool, limit: float | None) -> Tensor:
-    gate, up = h, None
-    if gated:
-        gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
+    if not gated:
+        return _ACTIVATIONS[activation](h if limit is None else h.clamp(max=limit))
+    gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
     if limit is not None:
-        gate = gate.clamp(max=limit)
-        up = None if up is None else up.clamp(min=-limit, max=limit)
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     if activation == "gpt_oss":
         return gate * torch.sigmoid(_GPT_OSS_ALPHA * gate) * (up + 1)
-    a = _ACTIVATIONS[activation](gate)
-    return a if up is None else a * up
+    return _ACTIVATIONS[activation](gate) * up
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
