@@ -77,9 +77,8 @@ STABLE_TORCH_LIBRARY(inlay, m) {
 
   // moe. Experts work on rows, one for each token and slot that has one, sorted by expert: `rows` [T * K] says which,
   // and `ends` [E] where each expert's end; given instead of `indices`, x is sorted itself. `moe_experts` is for
-  // inference;
-  // `_fwd` also returns what the backward needs: `h`, before the activation, empty unless wanted, and the rows. A
-  // router whose `stats` are not wanted returns empty ones; a gradient that is not needed is empty.
+  // inference; `_fwd` also returns what the backward needs: `h`, before the activation, empty unless wanted, and the
+  // rows. A router whose `stats` are not wanted returns empty ones; a gradient that is not needed is empty.
   m.def(
       "moe_router(Tensor logits, Tensor? bias, Tensor? forced_indices, Tensor? mask, int k, int scoring, "
       "bool renormalize, int groups, int chosen_groups, float scaling, ScalarType weights_dtype, bool stats) -> "
