@@ -75,6 +75,35 @@ STABLE_TORCH_LIBRARY(inlay, m) {
       "Tensor A_log, Tensor dt_bias, Tensor norm_weight, Tensor(a!) conv_state, Tensor(b!) state, "
       "Tensor(c!)? states_out, int key_heads, float eps, float beta_scale) -> Tensor");
 
+  // moe. Experts work on rows, one for each token and slot that has one, sorted by expert: `rows` [T * K] says which,
+  // and `ends` [E] where each expert's end; given instead of `indices`, x is sorted itself. `moe_experts` is for
+  // inference; `_fwd` also returns what the backward needs: `h`, before the activation, empty unless wanted, and the
+  // rows. A router whose `stats` are not wanted returns empty ones; a gradient that is not needed is empty.
+  m.def(
+      "moe_router(Tensor logits, Tensor? bias, Tensor? forced_indices, Tensor? mask, int k, int scoring, "
+      "bool renormalize, int groups, int chosen_groups, float scaling, ScalarType weights_dtype, bool stats) -> "
+      "(Tensor weights, Tensor indices, Tensor counts, Tensor mean_probabilities, Tensor logsumexp, Tensor measures)");
+  m.def(
+      "moe_router_bwd(Tensor? dweights, Tensor? dmean_probabilities, Tensor? dlogsumexp, Tensor logits, "
+      "Tensor indices, Tensor counts, Tensor? mask, int k, int scoring, bool renormalize, float scaling) -> Tensor");
+  m.def(
+      "moe_experts(Tensor x, Tensor? indices, Tensor? weights, Tensor? ends, Tensor gate_up_proj, Tensor down_proj, "
+      "Tensor? gate_up_bias, Tensor? down_bias, Tensor? shared, Tensor? shared_gate, int activation, bool gated, "
+      "bool interleaved, bool transposed, float limit) -> Tensor");
+  m.def(
+      "moe_experts_fwd(Tensor x, Tensor? indices, Tensor? weights, Tensor? ends, Tensor gate_up_proj, "
+      "Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, Tensor? shared, Tensor? shared_gate, "
+      "int activation, bool gated, bool interleaved, bool transposed, float limit, bool wants_h) -> "
+      "(Tensor y, Tensor h, Tensor rows, Tensor ends)");
+  m.def(
+      "moe_experts_bwd(Tensor dy, Tensor x, Tensor? h, Tensor rows, Tensor ends, Tensor? weights, "
+      "Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, Tensor? shared, "
+      "Tensor? shared_gate, int slots, int activation, bool gated, bool interleaved, bool transposed, float limit, "
+      "bool needs_dx, bool needs_dweights, bool needs_dgate_up_proj, bool needs_ddown_proj, "
+      "bool needs_dgate_up_bias, bool needs_ddown_bias, bool needs_dshared, bool needs_dshared_gate) -> "
+      "(Tensor dx, Tensor dweights, Tensor dgate_up_proj, Tensor ddown_proj, Tensor dgate_up_bias, "
+      "Tensor ddown_bias, Tensor dshared, Tensor dshared_gate)");
+
   // rope. What the backward needs are the inputs alone.
   m.def(
       "qk_norm_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, int rotary_dim, "

@@ -30,6 +30,8 @@ _GDN = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _SHARED = {"shared_expert_intermediate_size": 32}
+_MOE = {"moe_router": 2, "moe_experts": 2}
+_MOE_SHARED = {"moe_router": 4, "moe_experts": 4, "moe_block": 4}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # Family: (config class, its extra arguments, modules patched by op).
@@ -38,11 +40,11 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     "mistral": ("MistralConfig", {}, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
     "qwen2": ("Qwen2Config", {}, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
     "qwen3": ("Qwen3Config", {}, {"rms_norm": 9, "add_rms_norm": 2, "attention_layer": 2}),
-    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS, {"rms_norm": 9, "add_rms_norm": 2, "attention_layer": 2}),
+    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS, {"rms_norm": 9, "add_rms_norm": 2, "attention_layer": 2, **_MOE}),
     "qwen3_next": (
         "Qwen3NextConfig",
         {**_GDN, **_EXPERTS, **_SHARED},
-        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3, "attention_layer": 1},
+        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3, "attention_layer": 1, **_MOE_SHARED},
     ),
     "qwen3_5": (
         "Qwen3_5TextConfig",
@@ -52,7 +54,7 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     "qwen3_5_moe": (
         "Qwen3_5MoeTextConfig",
         {**_GDN, **_EXPERTS, **_SHARED},
-        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3, "attention_layer": 1},
+        {"rms_norm": 11, "gated_rms_norm": 3, "add_rms_norm": 4, "gdn_layer": 3, "attention_layer": 1, **_MOE_SHARED},
     ),
     "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16}, {"rms_norm": 9, "add_rms_norm": 2, "attention_layer": 2}),
     "gemma3": (
@@ -60,9 +62,9 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
         {"query_pre_attn_scalar": 16},
         {"rms_norm": 13, "add_rms_norm": 2, "attention_layer": 2},
     ),
-    "mixtral": ("MixtralConfig", _LOCAL, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
-    "olmoe": ("OlmoeConfig", _EXPERTS, {"rms_norm": 9, "add_rms_norm": 2}),
-    "gpt_oss": ("GptOssConfig", _LOCAL, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2}),
+    "mixtral": ("MixtralConfig", _LOCAL, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2, **_MOE}),
+    "olmoe": ("OlmoeConfig", _EXPERTS, {"rms_norm": 9, "add_rms_norm": 2, **_MOE}),
+    "gpt_oss": ("GptOssConfig", _LOCAL, {"rms_norm": 5, "add_rms_norm": 2, "attention_layer": 2, **_MOE}),
 }
 
 

@@ -99,7 +99,7 @@ def test_ops_select(model: nn.Module) -> None:
 
 
 def test_unknown_op_names_the_known_ones(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"ops must be names out of rms_norm, .*attention_layer, got 'rmsnorm'"):
+    with pytest.raises(ValueError, match=r"ops must be names out of rms_norm, .*moe_block, got 'rmsnorm'"):
         inlay.patch(model, ops=["rmsnorm"])
 
 

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -12,6 +11,7 @@
 #include "common/cpu/matrix.h"
 #include "common/cpu/memory.h"
 #include "common/cpu/offsets.h"
+#include "common/cpu/tasks.h"
 
 namespace inlay::attention {
 namespace {
@@ -34,18 +34,6 @@ void check_values(const char* op, const Inputs& inputs) {
     INLAY_CHECK(length >= 0 && length <= inputs.keys.tokens, op, ": kv_lengths must be from 0 to the number of keys ",
                 inputs.keys.tokens, ", got ", length);
   }
-}
-
-// Calls body(task, memory) for each task, started in their order: whoever is free takes the next. They may take very
-// different times.
-template <class Task, class Body>
-void in_order(const std::vector<Task>& tasks, int64_t memory_bytes, const Body& body) {
-  std::atomic<size_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(tasks.size()));
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const auto memory = cpu::make_memory(memory_bytes);
-    for (size_t i = next++; i < tasks.size(); i = next++) body(tasks[i], memory.get());
-  });
 }
 
 int64_t length_of(const Sequences& sequences, int64_t i) {
@@ -170,8 +158,8 @@ void forward(const ForwardParams& p, void*) {
   const Inputs& inputs = p.inputs;
   check_values("attention", inputs);
   const Kernels& kernels = kernels_for(inputs.q.dtype);
-  in_order(query_tasks(inputs, forward_queries(inputs)), kernels.forward_bytes(inputs),
-           [&](const QueryTask& task, void* memory) { kernels.forward(p, task, memory); });
+  cpu::in_order(query_tasks(inputs, forward_queries(inputs)), kernels.forward_bytes(inputs),
+                [&](const QueryTask& task, void* memory) { kernels.forward(p, task, memory); });
 }
 
 int64_t scratch_bytes(const ForwardParams&) { return 0; }
@@ -191,8 +179,8 @@ void backward(const BackwardParams& p, void*) {
     torch::stable::parallel_for(0, inputs.batch * inputs.queries.tokens, grain,
                                 [&](int64_t begin, int64_t end) { kernels.prepare(p, scratch, begin, end); });
   }
-  in_order(key_tasks(inputs), bytes,
-           [&](const KeyTask& task, void* memory) { kernels.backward(p, scratch, task, memory); });
+  cpu::in_order(key_tasks(inputs), bytes,
+                [&](const KeyTask& task, void* memory) { kernels.backward(p, scratch, task, memory); });
   if (has_rows) {
     const std::vector<QueryTask> tiles = query_tasks(inputs, backward_queries(inputs));
     torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 4, [&](int64_t begin, int64_t end) {
@@ -200,8 +188,8 @@ void backward(const BackwardParams& p, void*) {
     });
   }
   if (p.dbias.data) {
-    in_order(bias_tasks(p), bytes,
-             [&](const BiasTask& task, void* memory) { kernels.bias_gradient(p, scratch, task, memory); });
+    cpu::in_order(bias_tasks(p), bytes,
+                  [&](const BiasTask& task, void* memory) { kernels.bias_gradient(p, scratch, task, memory); });
   }
   if (p.dsinks.data) {
     torch::stable::parallel_for(0, inputs.query_heads, 1, [&](int64_t begin, int64_t end) {

@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from inlay.hf import attention, attention_layer, gdn, norms, residual
+from inlay.hf import attention, attention_layer, experts, gdn, moe_block, norms, residual, router
 from inlay.hf.binding import Plan, bind, binding_of, foreign_forward, unbind
-from inlay.hf.report import Entry, Report
+from inlay.hf.report import REGISTRY_OP, Entry, Report
 
-PATCHERS = (norms, residual, gdn, attention_layer)
+PATCHERS = (norms, residual, gdn, attention_layer, router, experts, moe_block)
+# Functions in transformers' registries, by the op that the report names.
+REGISTRIES = {REGISTRY_OP: attention, "moe_experts": experts}
 OPS = tuple(op for patcher in PATCHERS for op in patcher.OPS)
 
 
@@ -31,7 +33,7 @@ def patch(model: Any, ops: Iterable[str] | None = None, strict: bool = False) ->
     Args:
         model: a ``torch.nn.Module``, or a diffusers pipeline, whose modules are patched.
         ops: names of the ops to set in ("rms_norm", "gated_rms_norm", "layer_norm", "add_rms_norm",
-            "gdn_layer", "attention_layer"); None means all.
+            "gdn_layer", "attention_layer", "moe_router", "moe_experts", "moe_block"); None means all.
         strict: raise ``RuntimeError`` where a patched module would fall back to its own code.
 
     Returns:
@@ -87,9 +89,11 @@ def report(model: Any) -> Report:
         if binding is not None:
             entries.append(Entry.patched(path, module, binding))
             continue
-        counters = attention.counters_of(module)
-        if counters is not None:
-            entries.append(Entry.registered(path, module, counters.calls, counters.fallbacks))
+        registered = [(op, registry.counters_of(module)) for op, registry in REGISTRIES.items()]
+        called = [(op, counters) for op, counters in registered if counters is not None]
+        if called:
+            for op, counters in called:
+                entries.append(Entry.registered(path, module, op, counters.calls, counters.fallbacks))
             continue
         plan = _plan(module, frozenset(OPS))
         if plan is not None:

@@ -1,6 +1,7 @@
-"""Makes ``attn_implementation="inlay"`` known to transformers, whichever of the two is imported first.
+"""Makes ``attn_implementation="inlay"`` and ``experts_implementation="inlay"`` known to transformers, whichever of the
+two packages is imported first.
 
-The name has to be in both of transformers' registries: without a mask function under an attention's name, masks are
+An attention has to be in two of transformers' registries: without a mask function under an attention's name, masks are
 lost. Importing transformers' models takes seconds, so Inlay does not: it waits for someone else to.
 """
 
@@ -18,7 +19,8 @@ _MODULE = "transformers.modeling_utils"
 
 
 def register() -> None:
-    """Registers the attention function and the mask function. Where transformers has no registries, nothing happens."""
+    """Registers attention, masks and experts. Where transformers has no registries, nothing happens."""
+    from inlay.hf import experts
     from inlay.hf.attention import NAME, attention_forward
     from inlay.hf.masks import inlay_mask
 
@@ -32,6 +34,13 @@ def register() -> None:
     if attentions is not None and masks is not None:
         masks.register(NAME, inlay_mask)
         attentions.register(NAME, attention_forward)
+    try:
+        moe = importlib.import_module("transformers.integrations.moe")
+    except ImportError:
+        return
+    interface = getattr(moe, "ALL_EXPERTS_FUNCTIONS", None)
+    if interface is not None and hasattr(interface, "register"):
+        interface.register(experts.NAME, experts.experts_forward)
 
 
 def register_when_imported() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from inlay.hf.binding import Binding, Plan
 
-# The op of modules that are not patched, but whose model was told attn_implementation="inlay".
+# The op of attention that is not patched, but whose model was told attn_implementation="inlay".
 REGISTRY_OP = "attention"
 
 
@@ -50,10 +50,12 @@ class Entry:
         )
 
     @classmethod
-    def registered(cls, path: str, module: nn.Module, calls: Counter[torch.device], fallbacks: Counter[str]) -> Entry:
-        """A module that has called the attention function in transformers' registry."""
+    def registered(
+        cls, path: str, module: nn.Module, op: str, calls: Counter[torch.device], fallbacks: Counter[str]
+    ) -> Entry:
+        """A module that has called Inlay's function in one of transformers' registries."""
         devices = sorted({device.type for device in calls})
-        return cls(path, type(module).__name__, REGISTRY_OP, "+".join(devices), calls.total(), dict(fallbacks))
+        return cls(path, type(module).__name__, op, "+".join(devices), calls.total(), dict(fallbacks))
 
     @classmethod
     def unpatched(cls, path: str, module: nn.Module, plan: Plan | str) -> Entry:
@@ -63,8 +65,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """Entries for every patched module, for attention that ``attn_implementation="inlay"`` has run, and for every
-    module that looks as if it could be patched.
+    """Entries for every patched module, for attention and experts that ``attn_implementation="inlay"`` and
+    ``experts_implementation="inlay"`` have run, and for every module that looks as if it could be patched.
 
     ``str(report)`` is a table with a line per class and op.
     """

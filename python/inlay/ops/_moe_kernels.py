@@ -1,0 +1,10 @@
+"""Which cases of the MoE family have native kernels: the one place that says so. All others are the eager reference."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Kernels for CUDA are still to come. The reference waits for the device, but where it is compiled."""
+    return x.device.type != "cuda"
