@@ -79,11 +79,13 @@ struct Launch {
   void (*start)(const Params& params, int64_t blocks, void* stream);
 };
 
-// Starts `Kernel`, which calls wait_for_predecessor() before it touches memory. `cluster`: so many neighbouring blocks
-// of the first dimension run at the same time and may wait for each other; more than one only where the kernel has
-// dependent launch, which is on the same GPUs.
-template <auto Kernel, int kThreads, int kSharedBytes = 0, typename Params>
-void start(const Params& params, dim3 grid, void* stream, int cluster = 1) {
+// Starts `Kernel`, which calls wait_for_predecessor() before it touches memory, with a size and shared memory that are
+// known at run time. `shared_limit`: what it never asks more than. `cluster`: so many neighbouring blocks of the first
+// dimension run at the same time and may wait for each other; more than one only where the kernel has dependent launch,
+// which is on the same GPUs.
+template <auto Kernel, typename Params>
+void start_sized(const Params& params, dim3 grid, int threads, int shared_bytes, int shared_limit, void* stream,
+                 int cluster = 1) {
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -92,12 +94,18 @@ void start(const Params& params, dim3 grid, void* stream, int cluster = 1) {
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
-  config.numAttrs = !kernel_traits<Kernel>(kThreads, kSharedBytes).dependent_launch ? 0 : cluster > 1 ? 2 : 1;
+  config.numAttrs = !kernel_traits<Kernel>(threads, shared_limit).dependent_launch ? 0 : cluster > 1 ? 2 : 1;
   check(cudaLaunchKernelEx(&config, Kernel, params), "launching a kernel");
+}
+
+// The same where both are known when it is compiled.
+template <auto Kernel, int kThreads, int kSharedBytes = 0, typename Params>
+void start(const Params& params, dim3 grid, void* stream, int cluster = 1) {
+  start_sized<Kernel>(params, grid, kThreads, kSharedBytes, kSharedBytes, stream, cluster);
 }
 
 // A kernel that gives each piece of work a block of its own.
