@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/cpu/matrix.h"
+#include "common/cpu/memory.h"
 #include "common/cpu/tasks.h"
 #include "moe/cpu/tiers.h"
 
@@ -173,9 +174,9 @@ int64_t scratch_bytes(const ExpertBackwardParams& p) { return ScratchLayout(p).e
 void forward(const ExpertForwardParams& p, void*) {
   const ExpertInputs& in = p.inputs;
   const int64_t element = size_of(in.x.dtype);
-  cpu::prefer_huge_pages(p.y.data, in.tokens * in.hidden * element);
-  cpu::prefer_huge_pages(p.h.data, p.h.data ? in.most_rows() * in.pre_activations() * element : 0);
-  cpu::prefer_huge_pages(p.scratch, scratch_bytes(p));
+  cpu::prepare_outputs({{p.y.data, in.tokens * in.hidden * element},
+                        {p.h.data, in.most_rows() * in.pre_activations() * element},
+                        {p.scratch, scratch_bytes(p)}});
   const Kernels& kernels = kernels_for(in.x.dtype);
   if (p.sorted) {
     number_rows(p);
@@ -203,10 +204,10 @@ void backward(const ExpertBackwardParams& p, void*) {
   const ExpertInputs& in = p.inputs;
   check_rows(in, p.rows);
   const int64_t element = size_of(in.x.dtype), matrix = in.experts * in.intermediate * in.hidden * element;
-  cpu::prefer_huge_pages(p.dx.data, p.dx.data ? in.tokens * in.hidden * element : 0);
-  cpu::prefer_huge_pages(p.dgate_up_proj.data, p.dgate_up_proj.data ? (in.gating.gated ? 2 : 1) * matrix : 0);
-  cpu::prefer_huge_pages(p.ddown_proj.data, p.ddown_proj.data ? matrix : 0);
-  cpu::prefer_huge_pages(p.scratch, scratch_bytes(p));
+  cpu::prepare_outputs({{p.dx.data, in.tokens * in.hidden * element},
+                        {p.dgate_up_proj.data, (in.gating.gated ? 2 : 1) * matrix},
+                        {p.ddown_proj.data, matrix},
+                        {p.scratch, scratch_bytes(p)}});
   const Kernels& kernels = kernels_for(in.x.dtype);
   const ScratchLayout layout(p);
   char* memory = aligned(p.scratch);
