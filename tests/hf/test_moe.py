@@ -168,6 +168,8 @@ def _experts(family: str = "qwen3_moe", **options: Any) -> tuple[Any, Tensor, Te
 def test_sentinels_of_expert_parallelism(family: str) -> None:
     """Slots of experts that other ranks have: as transformers' own function, forward and backward."""
     module, x, indices, weights = _experts(family)
+    # transformers 5.16 lets what it has not computed for such slots into the gradients of biases.
+    judged = slice(None) if hasattr(module, "_is_expert_parallel") else slice(0, 5 if family == "qwen3_moe" else 3)
     module._is_expert_parallel = True
     none = torch.rand(indices.shape) < 0.4
     indices, weights = indices.masked_fill(none, module.num_experts), weights.masked_fill(none, 0.0)
@@ -176,7 +178,7 @@ def test_sentinels_of_expert_parallelism(family: str) -> None:
         module.config._experts_implementation_internal = name
         leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_(), *module.parameters()]
         y = module(leaves[0], indices, leaves[1])
-        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)][judged])
     for actual, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
