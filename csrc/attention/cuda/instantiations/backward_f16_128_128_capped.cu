@@ -2,8 +2,6 @@
 
 namespace inlay::attention::cuda {
 
-template void backward_tiles<__nv_bfloat16, backward_shape(128, 128, true)>(const BackwardParams&,
-                                                                            const BackwardScratch&, void*);
 template void backward_tiles<__half, backward_shape(128, 128, true)>(const BackwardParams&, const BackwardScratch&,
                                                                      void*);
 

@@ -4,6 +4,5 @@ namespace inlay::attention::cuda {
 
 template void backward_tiles<__nv_bfloat16, backward_shape(192, 192)>(const BackwardParams&, const BackwardScratch&,
                                                                       void*);
-template void backward_tiles<__half, backward_shape(192, 192)>(const BackwardParams&, const BackwardScratch&, void*);
 
 }  // namespace inlay::attention::cuda

@@ -1,0 +1,7 @@
+#include "attention/cuda/backward_launch.cuh"
+
+namespace inlay::attention::cuda {
+
+template void backward_tiles<__half, backward_shape(192, 192)>(const BackwardParams&, const BackwardScratch&, void*);
+
+}  // namespace inlay::attention::cuda
