@@ -123,7 +123,7 @@ def test_a_window_is_its_mask(dtype, device):
         at = torch.arange(150, device=device)[:, None] + 20
         key = torch.arange(170, device=device)
         mask = (key >= at - (1000 if left is None else left)) & (key <= at + (1000 if right is None else right))
-        if device == "cuda":  # where masks are eager code
+        if device == "cuda":  # where masks have kernels of their own
             check_values(case, tensors, window=(left, right))
             continue
         expected = case.run(inlay, {**tensors, "mask": mask})
@@ -188,7 +188,7 @@ def _compare(ranges, mask, queries, keys, device):
     case = Case(queries=queries, keys=keys)
     tensors = case.inputs(torch.bfloat16, device)
     by_mask, by_ranges = {**tensors, "mask": mask[:, None]}, {**tensors, "key_ranges": ranges}
-    if device == "cuda":  # where masks are eager code
+    if device == "cuda":  # where masks have kernels of their own
         check_values(case, by_ranges)
     else:
         for actual, wanted in zip(case.run(inlay, by_ranges), case.run(inlay, by_mask), strict=True):

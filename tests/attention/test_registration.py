@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import inlay
-from inlay.ops import _attention_kernels as kernels
 from tests.attention.cases import LEAVES, Case, gradients, random_like
 from tests.support.compare import assert_same_bits
 
@@ -30,11 +29,6 @@ _ARGUMENTS = (
 )
 
 
-def _has_kernel(tensors: dict[str, torch.Tensor]) -> bool:
-    q, v = tensors["q"], tensors["v"]
-    return kernels.has_kernel(q, v, kernels.Features("mask" in tensors, "bias" in tensors, True))
-
-
 def _inputs(device: str) -> Iterator[tuple[Any, ...]]:
     """Everything before the forward's options, and these."""
     for features, dtype in (
@@ -45,8 +39,6 @@ def _inputs(device: str) -> Iterator[tuple[Any, ...]]:
     ):
         case = Case(queries=20, keys=24, batch=1 if "packed" in features else 2, features=features)
         tensors = case.inputs(dtype, device)
-        if not _has_kernel(tensors):
-            continue
         p = 0.2 if "dropout" in features else 0.0
         seed = torch.randint(2**62, (1,), device=device) if p else None
         yield *(tensors.get(name) for name in _ARGUMENTS), seed, 0.25, 9, -1, 0.0, p, False

@@ -4,11 +4,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "attention/cuda/backward_rows.h"
+#include "attention/cuda/general.h"
 #include "attention/cuda/scratch.h"
 #include "common/cuda/runtime.h"
 
@@ -24,20 +26,17 @@ bool fits(const ForwardShape& shape, const Inputs& in) {
   return in.head_dim <= shape.head_dim && in.value_dim <= shape.value_dim && queries <= shape.most_queries;
 }
 
+// Whether the Hopper tiles serve a case; the general kernels serve the others.
+bool has_tiles(const Inputs& in) {
+  if (!is_hopper() || (in.q.dtype != DType::bf16 && in.q.dtype != DType::f16)) return false;
+  if (in.mask.data || in.bias.data || in.dropout.seed) return false;
+  return std::any_of(std::begin(kForwardShapes), std::end(kForwardShapes),
+                     [&](const ForwardShape& shape) { return fits(shape, in); });
+}
+
 // What python/inlay/ops/_attention_kernels.py should have kept away.
 void check_served(const Inputs& in) {
-  const auto fail = [](const std::string& what) { throw std::runtime_error("attention: " + what); };
-  if (!is_hopper()) fail("q must be on a GPU of compute capability 9.0: there are CUDA kernels for no other");
-  if (in.q.dtype != DType::bf16 && in.q.dtype != DType::f16) {
-    fail(std::string("q must be bfloat16 or float16 on CUDA, got ") + name_of(in.q.dtype));
-  }
-  if (in.mask.data || in.bias.data) fail("mask and bias must be None on CUDA: there are no kernels for them");
-  if (in.dropout.seed) fail("dropout_p must be 0 on CUDA: there are no kernels for it");
-  for (const ForwardShape& shape : kForwardShapes) {
-    if (fits(shape, in)) return;
-  }
-  fail("q and v must have at most 256 in their last dimensions on CUDA, got " + std::to_string(in.head_dim) + " and " +
-       std::to_string(in.value_dim));
+  if (in.q.dtype == DType::f64) throw std::runtime_error("attention: q must not be float64 on CUDA");
 }
 
 template <typename T, std::size_t... kShapes>
@@ -72,11 +71,12 @@ void start_backward(const BackwardParams& params, const BackwardShape& use, cons
 
 int64_t scratch_bytes(const ForwardParams& params) {
   cuda::check_served(params.inputs);
-  return cuda::ForwardScratch(params.inputs, nullptr).bytes;
+  return cuda::has_tiles(params.inputs) ? cuda::ForwardScratch(params.inputs, nullptr).bytes : 0;
 }
 
 void forward(const ForwardParams& params, void* stream) {
   using cuda::boxed;
+  if (!cuda::has_tiles(params.inputs)) return cuda::general_forward(params, stream);
   ForwardParams own = params;
   Inputs& in = own.inputs;
   const cuda::ForwardScratch scratch(in, params.scratch);
@@ -94,11 +94,13 @@ void forward(const ForwardParams& params, void* stream) {
 
 int64_t scratch_bytes(const BackwardParams& params) {
   cuda::check_served(params.inputs);
+  if (!cuda::has_tiles(params.inputs)) return cuda::general_scratch_bytes(params);
   return cuda::BackwardScratch(params, cuda::backward_shape_for(params.inputs), nullptr).bytes;
 }
 
 void backward(const BackwardParams& params, void* stream) {
   using cuda::boxed;
+  if (!cuda::has_tiles(params.inputs)) return cuda::general_backward(params, stream);
   BackwardParams own = params;
   Inputs& in = own.inputs;
   const cuda::BackwardShape& shape = cuda::backward_shape_for(in);

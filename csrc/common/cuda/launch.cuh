@@ -29,14 +29,22 @@ struct Launch {
   void (*start)(const Params& params, int64_t blocks, void* stream);
 };
 
-// Starts `Kernel`, which calls wait_for_predecessor() before it touches memory. `cluster`: so many neighbouring blocks
-// of the first dimension run at the same time and may wait for each other; more than one only where the kernel has
-// dependent launch, which is on the same GPUs.
+// Starts `Kernel`, which calls wait_for_predecessor() before it touches memory, with a size and shared memory that are
+// known at run time. `shared_limit`: what it never asks more than. `cluster`: so many neighbouring blocks of the first
+// dimension run at the same time and may wait for each other; more than one only where the kernel has dependent launch,
+// which is on the same GPUs.
+template <auto Kernel, typename Params>
+void start_sized(const Params& params, dim3 grid, int threads, int shared_bytes, int shared_limit, void* stream,
+                 int cluster = 1) {
+  static_assert(std::is_same_v<decltype(Kernel), void (*)(Params)>);
+  start_kernel(reinterpret_cast<const void*>(Kernel), kernel_traits<Kernel>(threads, shared_limit),
+               const_cast<Params*>(&params), grid, threads, shared_bytes, cluster, stream);
+}
+
+// The same where both are known when it is compiled.
 template <auto Kernel, int kThreads, int kSharedBytes = 0, typename Params>
 void start(const Params& params, dim3 grid, void* stream, int cluster = 1) {
-  static_assert(std::is_same_v<decltype(Kernel), void (*)(Params)>);
-  start_kernel(reinterpret_cast<const void*>(Kernel), kernel_traits<Kernel>(kThreads, kSharedBytes),
-               const_cast<Params*>(&params), grid, kThreads, kSharedBytes, cluster, stream);
+  start_sized<Kernel>(params, grid, kThreads, kSharedBytes, kSharedBytes, stream, cluster);
 }
 
 // A kernel that gives each piece of work a block of its own.

@@ -67,6 +67,13 @@ __device__ inline float exp2_fast(float x) {
   return result;
 }
 
+// The same for tanh, to 2^-11 of the result.
+__device__ inline float tanh_fast(float x) {
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Four 8x8 matrices; lane 8 i + j names row j of matrix i, 16 bytes. Of matrix i, r[i] holds row g, columns 2t, 2t + 1;
 // transposed: column g, rows 2t, 2t + 1.
 template <bool kTransposed>
@@ -159,6 +166,12 @@ __device__ inline void copy_async(uint32_t shared, const void* global) {
 __device__ inline void copy_async_or_zero(uint32_t shared, const void* global, bool wanted) {
   const int bytes = wanted ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+// The same for 8 bytes.
+__device__ inline void copy_pair_async_or_zero(uint32_t shared, const void* global, bool wanted) {
+  const int bytes = wanted ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 }  // namespace inlay::cuda

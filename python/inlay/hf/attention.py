@@ -307,19 +307,10 @@ def _kernel_reason(inputs: Inputs) -> str | None:
     reason = device_reason(q)
     if reason is not None:
         return reason
-    mask = inputs.mask
-    additive = mask is not None and mask.is_floating_point()
-    features = _attention_kernels.Features(
-        has_mask=mask is not None and mask.dtype == torch.bool,
-        has_bias=inputs.bias is not None or additive,
-        has_dropout=inputs.dropout > 0,
-    )
-    if _attention_kernels.has_kernel(q, v, features):
+    needs_grad = checks.needs_grad(q, inputs.key, v, inputs.sinks, inputs.gate, inputs.bias)
+    if _attention_kernels.has_kernel(q, v, needs_grad):
         return None
-    asked = [name.partition("_")[2] for name, value in features._asdict().items() if value]
-    return f"no kernel for {checks.names((q.dtype,))} heads {q.shape[3]} wide" + (
-        f" with {', '.join(asked)}" * bool(asked)
-    )
+    return f"no kernel for {checks.names((q.dtype,))} heads {q.shape[3]} wide" + " with gradients" * needs_grad
 
 
 def _count(module: nn.Module, device: torch.device, reason: str | None) -> None:

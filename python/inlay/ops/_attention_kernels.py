@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_CUDA_DTYPES = (torch.bfloat16, torch.float16)
-_CUDA_HEAD_DIM = 256  # of q and k, and of v, at most
+# On CUDA: any widths, masks, biases and dropout, on every GPU from compute capability 8.0 on, but
+_CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# and for gradients of float32 heads wider than this no GPU whose blocks have less shared memory than that
+# (csrc/attention/cuda/general_division.h; 8.6, 8.9 and 12.0 have 99 KiB, 8.0 and 9.0 more than enough).
+_WIDE_F32 = 256
+_WIDE_F32_GRADIENT_BYTES = 148 * 1024
 
 
-class Features(NamedTuple):
-    """What a call asks for beyond q, k and v."""
-
-    has_mask: bool
-    has_bias: bool
-    has_dropout: bool
-
-
-def has_kernel(q: Tensor, v: Tensor, features: Features) -> bool:
+def has_kernel(q: Tensor, v: Tensor, needs_grad: bool) -> bool:
     if q.device.type != "cuda":
         return True
-    if features.has_mask or features.has_bias or features.has_dropout or q.dtype not in _CUDA_DTYPES:
+    if q.dtype not in _CUDA_DTYPES:
         return False
-    return max(q.shape[-1], v.shape[-1]) <= _CUDA_HEAD_DIM and _is_hopper(q.device)
+    wide = q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > _WIDE_F32
+    return not (wide and needs_grad) or _shared_bytes(q.device) >= _WIDE_F32_GRADIENT_BYTES
 
 
 @torch.compiler.assume_constant_result
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_properties(device).major == 9
+def _shared_bytes(device: torch.device) -> int:
+    """What a block may have. The native side looks at the same number."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know the attribute
+    return properties.shared_memory_per_block_optin

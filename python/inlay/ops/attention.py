@@ -26,7 +26,8 @@ are contiguous.
 
 Dtypes: q, k, v and gate alike float32, bfloat16 or float16 (float64 on the CPU); sinks and bias q's or float32; lse
 float32. With float64 q everything is float64. On CUDA, float32 products are tf32 only where
-``torch.backends.cuda.matmul`` allows that.
+``torch.backends.cuda.matmul`` allows that; else each is the sum of three tf32 products, of the values' halves, which is
+as accurate.
 """
 
 from __future__ import annotations
@@ -113,8 +114,7 @@ def attention(
     """
     try:
         needs_grad = checks.needs_grad(q, k, v, sinks, gate, bias)
-        features = kernels.Features(mask is not None, bias is not None, dropout_p > 0)
-        if not kernels.has_kernel(q, v, features):
+        if not kernels.has_kernel(q, v, needs_grad):
             check_attention(
                 q, k, v, scale, window, softcap, sinks, gate, mask, bias, cu_seqlens_q, cu_seqlens_k,
                 kv_lengths, dropout_p, key_ranges,

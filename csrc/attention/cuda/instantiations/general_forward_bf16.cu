@@ -1,0 +1,10 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "attention/cuda/general_launch.cuh"
+
+namespace inlay::attention::cuda {
+
+template void general_forward<__nv_bfloat16>(const ForwardParams&, void*);
+
+}  // namespace inlay::attention::cuda
