@@ -31,8 +31,8 @@ struct QueryTileRange {
   int all_from, all_to;  // each query of a whole tile sees these keys
 };
 
-// Of a query: what is subtracted from its scores (infinite where it sees no key, and all its probabilities are zero), and
-// from the gradients of its probabilities.
+// Of a query: what is subtracted from its scores (infinite where it sees no key, and all its probabilities are zero),
+// and from the gradients of its probabilities.
 struct RowValues {
   float lse;  // of scores; or already an exponent of 2, where those are computed from products at once
   float delta;

@@ -3,8 +3,8 @@
 //
 //   P = 2^(S - lse);   dP = dO V^T;   dS = P (dP - delta);   dV = P^T dO;   dK = dS^T Q;   dQ = dS K
 //
-// Each has rows of two tensors in shared memory, k and v or q and dO, and passes over tiles of the other two. Its scores
-// have these rows as rows, so that P and dS go from registers into the next products.
+// Each has rows of two tensors in shared memory, k and v or q and dO, and passes over tiles of the other two. Its
+// scores have these rows as rows, so that P and dS go from registers into the next products.
 #pragma once
 
 #include "attention/cuda/general_rows.cuh"
@@ -28,8 +28,8 @@ struct GeneralBackwardConfig {
   static constexpr int kSecondTiles = kKeysAreRows ? kResultTiles : 4;               // of dv
 };
 
-// A tile of a bias's gradient, [rows, columns] in shared memory, to where it belongs: added up over rows or columns where
-// the bias has one of them.
+// A tile of a bias's gradient, [rows, columns] in shared memory, to where it belongs: added up over rows or columns
+// where the bias has one of them.
 __device__ __forceinline__ void store_bias_gradient(const ScoreGradient& dbias, const float* sums, int rows,
                                                     int columns, const int (&begin)[4], const int (&end)[4]) {
   const bool one_query = dbias.sizes[2] == 1, one_key = dbias.sizes[3] == 1;
@@ -49,8 +49,10 @@ __device__ __forceinline__ void store_bias_gradient(const ScoreGradient& dbias, 
 }
 
 template <typename T, GeneralRole kRole>
-__global__ __launch_bounds__(GeneralBackwardConfig<T, kRole>::kThreads, GeneralBackwardConfig<T, kRole>::kBlocks) void
-general_backward_kernel(const __grid_constant__ GeneralBackwardArguments arguments) {
+__global__ __launch_bounds__(
+    GeneralBackwardConfig<T, kRole>::kThreads,
+    GeneralBackwardConfig<T, kRole>::kBlocks) void general_backward_kernel(const __grid_constant__
+                                                                               GeneralBackwardArguments arguments) {
   using C = GeneralBackwardConfig<T, kRole>;
   constexpr int kRowTiles = C::kRowTiles, kTiles = C::kScoreTiles, kGroupPieces = kWarpBytes / kPieceBytes;
   constexpr bool kKeysAreRows = C::kKeysAreRows;
@@ -67,7 +69,7 @@ general_backward_kernel(const __grid_constant__ GeneralBackwardArguments argumen
   Visits<kRole> visits(arguments);
   const int depth = division.depth, width = division.width;
   const uint32_t shared = shared_address(dynamic_shared());
-  const PieceTile fixed_q{shared, static_cast<uint32_t>(division.rows)};  // q or k
+  const PieceTile fixed_q{shared, static_cast<uint32_t>(division.rows)};                                     // q or k
   const PieceTile fixed_o{shared + tile_bytes(division.rows, depth), static_cast<uint32_t>(division.rows)};  // dO or v
   const auto streamed_q = [&](int stage) {
     return PieceTile{shared + static_cast<uint32_t>(division.streamed_at + stage * division.stage_bytes),
@@ -205,8 +207,7 @@ general_backward_kernel(const __grid_constant__ GeneralBackwardArguments argumen
         }
       };
       with_values([&](int i, int j, float, float delta) { ds[i][j] -= delta; });
-      finish_scores<T, kKeysAreRows>(p, kRole == GeneralRole::bias ? nullptr : &ds, rule, in, at, place,
-                                     visit.partial);
+      finish_scores<T, kKeysAreRows>(p, kRole == GeneralRole::bias ? nullptr : &ds, rule, in, at, place, visit.partial);
       with_values([&](int i, int j, float lse, float) {
         if (rule.inside) p[i][j] -= lse;
         p[i][j] = exp2_fast(fmaf(p[i][j], rule.factor, rule.inside ? 0.0f : -lse));

@@ -13,7 +13,8 @@ namespace inlay::attention::cuda {
 inline int shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
 inline void check_division(const Division& division) {
-  if (division.warps == 0) throw std::runtime_error("attention: q and v must be narrower on a GPU of so little shared memory");
+  if (division.warps == 0)
+    throw std::runtime_error("attention: q and v must be narrower on a GPU of so little shared memory");
 }
 
 constexpr int kInfoBytes = 64;

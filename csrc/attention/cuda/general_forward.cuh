@@ -35,7 +35,8 @@ struct SoftmaxRow {
   float sum = 0.0f;
 };
 
-// Scores become probabilities, not yet divided by their sums. Returns whether results must be multiplied by `rescaling`.
+// Scores become probabilities, not yet divided by their sums. Returns whether results must be multiplied by
+// `rescaling`.
 template <int kTiles>
 __device__ __forceinline__ bool add_to_softmax(Accumulator (&s)[kTiles], SoftmaxRow (&rows)[2], const ScoreRule& rule,
                                                float (&rescaling)[2]) {
@@ -92,7 +93,8 @@ __device__ __forceinline__ float finish_softmax(const Inputs& in, const SoftmaxR
 }
 
 template <typename T>
-__global__ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kBlocks) void general_forward_kernel(
+__global__
+__launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kBlocks) void general_forward_kernel(
     const __grid_constant__ GeneralForwardArguments arguments) {
   using C = GeneralForwardConfig<T>;
   constexpr int kRowTiles = C::kRowTiles, kScoreTiles = C::kScoreTiles, kResultTiles = C::kResultTiles;

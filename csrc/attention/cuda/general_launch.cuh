@@ -19,8 +19,8 @@ void general_forward(const ForwardParams& params, void* stream) {
   const Inputs& in = params.inputs;
   const GeneralForwardArguments arguments{params, forward_division<T>(in, shared_memory_limit())};
   check_division(arguments.division);
-  start_blocks<general_forward_kernel<T>>(
-      arguments, in.queries.chunk_bound(arguments.division.rows) * in.query_heads, stream);
+  start_blocks<general_forward_kernel<T>>(arguments, in.queries.chunk_bound(arguments.division.rows) * in.query_heads,
+                                          stream);
 }
 
 template <typename T, GeneralRole kRole>
@@ -31,11 +31,10 @@ void start_backward(GeneralBackwardArguments& arguments, void* stream) {
   const Division& division = arguments.division;
   check_division(division);
   const auto bias_tiles = [&](int i, int tile) { return sizes[i] == 1 ? 1 : (sizes[i] + tile - 1) / tile; };
-  const int64_t blocks =
-      kRole == GeneralRole::keys      ? in.keys.chunk_bound(division.rows) * in.key_heads
-      : kRole == GeneralRole::queries ? in.queries.chunk_bound(division.rows) * in.query_heads
-                                      : sizes[0] * sizes[1] * bias_tiles(2, division.rows) *
-                                            bias_tiles(3, division.streamed);
+  const int64_t blocks = kRole == GeneralRole::keys ? in.keys.chunk_bound(division.rows) * in.key_heads
+                         : kRole == GeneralRole::queries
+                             ? in.queries.chunk_bound(division.rows) * in.query_heads
+                             : sizes[0] * sizes[1] * bias_tiles(2, division.rows) * bias_tiles(3, division.streamed);
   start_blocks<general_backward_kernel<T, kRole>>(arguments, blocks, stream);
 }
 

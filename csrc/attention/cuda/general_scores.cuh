@@ -1,7 +1,7 @@
 // From products of queries and keys to what the softmax sees: scale, softcap, bias, mask, what positions hide, dropout.
 //
-// Scores are tiles of 8 columns as products leave them (mma.cuh): thread 4 g + t of a warp has rows g and g + 8, columns
-// 2t and 2t + 1. Rows are queries and columns keys, or, with kKeysAreRows, the other way round.
+// Scores are tiles of 8 columns as products leave them (mma.cuh): thread 4 g + t of a warp has rows g and g + 8,
+// columns 2t and 2t + 1. Rows are queries and columns keys, or, with kKeysAreRows, the other way round.
 #pragma once
 
 #include "attention/cuda/general.h"
@@ -115,11 +115,11 @@ struct ScorePlace {
   int head;
 };
 
-// From products to exponents: finish_scores() leaves scores, or, without any reason to touch them, products. Exponents of
-// 2 are `factor` times as large, which is positive, and scores `unit` times.
+// From products to exponents: finish_scores() leaves scores, or, without any reason to touch them, products. Exponents
+// of 2 are `factor` times as large, which is positive, and scores `unit` times.
 //
-// Scores may be as negative as floats can be, where eager code would hide keys. What is subtracted from them is therefore
-// subtracted before they are multiplied.
+// Scores may be as negative as floats can be, where eager code would hide keys. What is subtracted from them is
+// therefore subtracted before they are multiplied.
 struct ScoreRule {
   float factor, unit, inner, cap;
   bool inside;  // finish_scores() leaves scores
@@ -196,8 +196,8 @@ template <bool kKeysAreRows, typename E, int kTiles>
 __device__ __forceinline__ void add_bias(Accumulator (&s)[kTiles], const Inputs& in, const SequenceInfo& at,
                                          const ScorePlace& place) {
   const ScoreTensor& bias = in.bias;
-  const E* const first = static_cast<const E*>(bias.data) +
-                         bias.offset(at.batch, place.head, place.first_query, place.first_key);
+  const E* const first =
+      static_cast<const E*>(bias.data) + bias.offset(at.batch, place.head, place.first_query, place.first_key);
   const int queries = at.query_count - place.first_query, keys = at.key_count - place.first_key;
   if (!kKeysAreRows && reads_pairs(bias, first, sizeof(E)) && keys >= kTiles * 8) {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -226,8 +226,8 @@ template <bool kKeysAreRows, int kTiles>
 __device__ __forceinline__ void apply_mask(Accumulator (&s)[kTiles], const Inputs& in, const SequenceInfo& at,
                                            const ScorePlace& place) {
   const ScoreTensor& mask = in.mask;
-  const uint8_t* const first = static_cast<const uint8_t*>(mask.data) +
-                               mask.offset(at.batch, place.head, place.first_query, place.first_key);
+  const uint8_t* const first =
+      static_cast<const uint8_t*>(mask.data) + mask.offset(at.batch, place.head, place.first_query, place.first_key);
   const int queries = at.query_count - place.first_query, keys = at.key_count - place.first_key;
   if (!kKeysAreRows && reads_pairs(mask, first, 1) && keys >= kTiles * 8) {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;

@@ -1,8 +1,8 @@
 // Tiles and products whose widths are known only at run time, for 16-bit values and for float32.
 //
 // A tile is rows of 16-byte pieces, in panels of eight. As in common/cuda/tile.cuh, the pieces of a panel's row are
-// permuted by the row. One step of a product takes two pieces of each operand's row: 16 values of 16 bits, 8 of float32;
-// widths are rounded up to two steps, with zeros.
+// permuted by the row. One step of a product takes two pieces of each operand's row: 16 values of 16 bits, 8 of
+// float32; widths are rounded up to two steps, with zeros.
 #pragma once
 
 #include "common/cuda/tile.cuh"
@@ -22,8 +22,8 @@ inline __host__ __device__ int tile_bytes(int rows, int pieces) {
   return (pieces + kPanelPieces - 1) / kPanelPieces * rows * kPanelRowBytes;
 }
 
-// A lane's place in a tile: of a row, the first or the second of a step's two pieces. Rows 8 further on are at 1024 more
-// bytes.
+// A lane's place in a tile: of a row, the first or the second of a step's two pieces. Rows 8 further on are at 1024
+// more bytes.
 struct PieceCursor {
   uint32_t first;
   uint32_t panel_bytes;
@@ -55,7 +55,8 @@ struct PieceTile {
     const int lane = threadIdx.x % 32;
     return cursor(row + lane / 16 * 8 + lane % 8, lane / 8 % 2);
   }
-  // For load_matrices<true>, of 16-bit values, as two `b`: rows are the summed dimension, the step's pieces are columns.
+  // For load_matrices<true>, of 16-bit values, as two `b`: rows are the summed dimension, the step's pieces are
+  // columns.
   __device__ __forceinline__ PieceCursor cursor_b_transposed() const { return cursor_a(0); }
   // Of float32 values, one of a `b`, whose columns are a step's: of row `row`.
   __device__ __forceinline__ PieceCursor cursor_value(int row) const {
@@ -127,8 +128,8 @@ struct SplitFragment {
   }
 };
 
-// large + small += a b. Tensor cores drop what lies below a sum's last bit: small terms have a sum of their own, and both
-// are short.
+// large + small += a b. Tensor cores drop what lies below a sum's last bit: small terms have a sum of their own, and
+// both are short.
 __device__ __forceinline__ void multiply_add_split(Accumulator& large, Accumulator& small, const SplitFragment& a,
                                                    float b0, float b1, bool tf32) {
   const Split first(b0), second(b1);
@@ -139,11 +140,11 @@ __device__ __forceinline__ void multiply_add_split(Accumulator& large, Accumulat
   multiply_add_tf32(large, a.high, first.high, second.high);
 }
 
-// s += a b^T over pieces [first, end), multiples of four, of kRowTiles * 16 rows of a and kPairs * 16 rows of b. `tf32`:
-// float32 may be rounded so.
+// s += a b^T over pieces [first, end), multiples of four, of kRowTiles * 16 rows of a and kPairs * 16 rows of b.
+// `tf32`: float32 may be rounded so.
 template <typename T, int kRowTiles, int kPairs, int kTiles>
-__device__ __forceinline__ void add_scores(Accumulator (*s)[kTiles], const PieceTile& a, int a_row,
-                                           const PieceTile& b, int first, int end, bool tf32) {
+__device__ __forceinline__ void add_scores(Accumulator (*s)[kTiles], const PieceTile& a, int a_row, const PieceTile& b,
+                                           int first, int end, bool tf32) {
   static_assert(2 * kPairs <= kTiles);
   const PieceCursor rows_at = a.cursor_a(a_row), columns_at = b.cursor_b(0);
   constexpr int kUnroll = kRowTiles * kPairs < 4 && sizeof(T) == 2 ? 2 : 1;

@@ -5,8 +5,8 @@
 
 namespace inlay::attention::cuda {
 
-// What a block has: a tile of keys, whose dk and dv it adds up over queries and the heads that share the keys; a tile of
-// queries of one head, whose dq it adds up over keys; or a tile of a bias's gradient, added up over what the bias is
+// What a block has: a tile of keys, whose dk and dv it adds up over queries and the heads that share the keys; a tile
+// of queries of one head, whose dq it adds up over keys; or a tile of a bias's gradient, added up over what the bias is
 // broadcast along.
 enum class GeneralRole { keys, queries, bias };
 
