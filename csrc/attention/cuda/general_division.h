@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "attention/cuda/general_backward.cuh"
 #include "attention/cuda/general_forward.cuh"
@@ -10,11 +9,10 @@
 namespace inlay::attention::cuda {
 
 // The most that a block may have.
-inline int shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 inline void check_division(const Division& division) {
-  if (division.warps == 0)
-    throw std::runtime_error("attention: q and v must be narrower on a GPU of so little shared memory");
+  if (division.warps == 0) fail("attention: q and v must be narrower on a GPU of so little shared memory");
 }
 
 constexpr int kInfoBytes = 64;
@@ -85,7 +83,7 @@ Division backward_division(const Inputs& in) {
   constexpr int kReserved = 1 << 10;  // for the system, of each block's
   const int of_block = shared_memory_limit();
   const int blocks = GeneralBackwardConfig<T, kRole>::kBlocks;
-  const int part = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / blocks - kReserved;
+  const int part = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks - kReserved;
   const Division division = backward_division<T, kRole>(in, std::min(part, of_block));
   return division.warps > 0 ? division : backward_division<T, kRole>(in, of_block);
 }

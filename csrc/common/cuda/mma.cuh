@@ -67,13 +67,6 @@ __device__ inline float exp2_fast(float x) {
   return result;
 }
 
-// The same for tanh, to 2^-11 of the result.
-__device__ inline float tanh_fast(float x) {
-  float result;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
 // Four 8x8 matrices; lane 8 i + j names row j of matrix i, 16 bytes. Of matrix i, r[i] holds row g, columns 2t, 2t + 1;
 // transposed: column g, rows 2t, 2t + 1.
 template <bool kTransposed>
