@@ -10,6 +10,8 @@
 
 namespace inlay::attention::cuda {
 
+constexpr float kLogTwoE = 1.4426950408889634f;
+
 // How a block's work is divided up, and its shared memory.
 struct Division {
   int depth = 0, width = 0;  // pieces of the rows of q and k, and of v and o
@@ -25,9 +27,28 @@ struct Division {
   int shared_bytes = 0;
 };
 
+// From products to exponents: finish_scores() leaves scores, or, without any reason to touch them, products. Exponents
+// of 2 are `factor` times as large, which is positive, and scores `unit` times.
+//
+// Scores may be as negative as floats can be, where eager code would hide keys. What is subtracted from them is
+// therefore subtracted before they are multiplied.
+struct ScoreRule {
+  float factor, unit, inner, cap;
+  bool inside;  // finish_scores() leaves scores
+
+  explicit ScoreRule(const Inputs& in) {
+    const float scale = static_cast<float>(in.scale);
+    cap = static_cast<float>(in.softcap);
+    inside = cap > 0.0f || in.bias.data || in.mask.data || !(scale > 0.0f);
+    inner = cap > 0.0f ? scale / cap : scale;
+    unit = inside ? 1.0f : scale;
+    factor = kLogTwoE * unit;
+  }
+};
+
 // Tiles of queries, seen from the keys: what the queries of a tile see together, and what each of them sees.
 struct QueryTileRange {
-  int lowest, highest;   // no query sees a key before `lowest` or from `highest` on; an empty range: none sees any
+  int lowest, highest;   // no query sees a key before `lowest` or from `highest` on; zeros: none sees any
   int all_from, all_to;  // each query of a whole tile sees these keys
 };
 

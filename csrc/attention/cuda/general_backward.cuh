@@ -121,7 +121,7 @@ __global__ __launch_bounds__(
   Accumulator first_result[kRowTiles][C::kFirstTiles], second_result[kRowTiles][C::kSecondTiles];
   clear(first_result);
   clear(second_result);
-  const ScoreRule rule(in);
+  const ScoreRule& rule = arguments.rule;
   const PiecePart depth_part(depth, group, groups), width_part(width, group, groups);
   const int own_depth = min(depth - group * kGroupPieces, kGroupPieces);
   const int own_width = min(width - group * kGroupPieces, kGroupPieces);

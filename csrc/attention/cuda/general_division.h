@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "attention/cuda/general_backward.cuh"
 #include "attention/cuda/general_forward.cuh"
@@ -13,8 +12,7 @@ namespace inlay::attention::cuda {
 inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 inline void check_division(const Division& division) {
-  if (division.warps == 0)
-    throw std::runtime_error("attention: q and v must be narrower on a GPU of so little shared memory");
+  if (division.warps == 0) fail("attention: q and v must be narrower on a GPU of so little shared memory");
 }
 
 constexpr int kInfoBytes = 64;

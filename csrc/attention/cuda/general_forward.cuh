@@ -26,6 +26,7 @@ struct GeneralForwardConfig {
 struct GeneralForwardArguments {
   ForwardParams params;
   Division division;
+  ScoreRule rule;
 };
 
 // What is known of the softmax of one of this thread's queries so far: the sum, of its own columns, of
@@ -110,18 +111,13 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
   release_successor();
   // The last tiles first: causal ones take longest.
   const uint32_t tiles = static_cast<uint32_t>(in.queries.chunk_bound(division.rows));
-  const int head = static_cast<int>(blockIdx.x / tiles);
   const RowPlace place = locate(in.queries, division.rows, tiles - 1 - blockIdx.x % tiles);
   BlockInfo& info = block_info(division);
-  set_block_info(info, in, place, division.rows, true);
+  set_block_info(info, in, place, static_cast<int>(blockIdx.x / tiles), division.rows, true);
+  if (info.count <= 0) return;
   const SequenceInfo& at = info.at;
   const QueryTileRange& range = info.range;
-  const int count = min(division.rows, at.query_count - place.first);
-  if (count <= 0) return;
-  const int key_head = head / static_cast<int>(in.group());
-  const int first_tile = range.lowest < range.highest ? range.lowest / keys : 0;
-  const int end_tile = range.lowest < range.highest ? (range.highest + keys - 1) / keys : 0;
-
+  const int head = info.head;
   const int depth = division.depth, width = division.width;
   const uint32_t shared = shared_address(dynamic_shared());
   const PieceTile q{shared, static_cast<uint32_t>(division.rows)};
@@ -131,7 +127,8 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
   const auto fetch = [&](const PieceTile& tile, const TokenTensor& tensor, int number, int64_t columns) {
     const int first = number * keys;
     fetch_rows<T>(tile, tile.base == k.base ? depth : width,
-                  rows_of<T>(tensor, at.batch, at.key_row + first, key_head, min(keys, at.key_count - first), columns),
+                  rows_of<T>(tensor, at.batch, at.key_row + first, head / static_cast<int>(in.group()),
+                             min(keys, at.key_count - first), columns),
                   C::kThreads);
     commit_copies();
   };
@@ -139,14 +136,15 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
   Accumulator o[kRowTiles][kResultTiles];
   SoftmaxRow rows[kRowTiles][2];
   clear(o);
-  const ScoreRule rule(in);
-  if (first_tile < end_tile) {
-    fetch_rows<T>(q, depth, rows_of<T>(in.q, at.batch, at.query_row + place.first, head, count, in.head_dim),
+  const ScoreRule& rule = arguments.rule;
+  const int end_tile = (range.highest + keys - 1) / keys;
+  if (end_tile > 0) {
+    fetch_rows<T>(q, depth, rows_of<T>(in.q, at.batch, at.query_row + info.first, head, info.count, in.head_dim),
                   C::kThreads);
-    fetch(k, in.k, first_tile, in.head_dim);
+    fetch(k, in.k, range.lowest / keys, in.head_dim);
   }
 #pragma unroll 1
-  for (int tile = first_tile; tile < end_tile; ++tile) {
+  for (int tile = range.lowest / keys; tile < end_tile; ++tile) {
     wait_for_copies<0>();
     __syncthreads();  // k is there, and v of the tile before is no longer read
     fetch(v, in.v, tile, in.value_dim);
@@ -165,7 +163,7 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
     ProbabilityFragments<T, kScoreTiles> p[kRowTiles];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      const ScorePlace score_place{place.first + own_row + m * 16, tile * keys, head};
+      const ScorePlace score_place{info.first + own_row + m * 16, tile * keys, head};
       finish_scores<T, false>(s[m], static_cast<Accumulator(*)[kScoreTiles]>(nullptr), rule, in, at, score_place,
                               partial);
 #pragma unroll
@@ -194,19 +192,20 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
   for (int m = 0; m < kRowTiles; ++m) {
     const int row = own_row + m * 16 + lane / 4;
     const auto data_of = [&](void* data) {
-      return [=, &in](int r) {
-        const int64_t token = int64_t{at.batch} * in.queries.tokens + at.query_row + place.first + row + 8 * r;
-        return row + 8 * r < count ? static_cast<T*>(data) + (token * in.query_heads + head) * columns : nullptr;
+      return [=, &in, &at, &info](int r) {
+        const int64_t token = int64_t{at.batch} * in.queries.tokens + at.query_row + info.first + row + 8 * r;
+        return row + 8 * r < info.count ? static_cast<T*>(data) + (token * in.query_heads + info.head) * columns
+                                        : nullptr;
       };
     };
     float multiplier[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float lse;
-      multiplier[r] = finish_softmax(in, rows[m][r], head, rule.unit, lse);
-      if (params.lse.data && group == 0 && lane % 4 == 0 && row + 8 * r < count) {
-        const int64_t index = (int64_t{at.batch} * in.query_heads + head) * in.queries.tokens + at.query_row;
-        static_cast<float*>(params.lse.data)[index + place.first + row + 8 * r] = lse;
+      multiplier[r] = finish_softmax(in, rows[m][r], info.head, rule.unit, lse);
+      if (params.lse.data && group == 0 && lane % 4 == 0 && row + 8 * r < info.count) {
+        const int64_t index = (int64_t{at.batch} * in.query_heads + info.head) * in.queries.tokens + at.query_row;
+        static_cast<float*>(params.lse.data)[index + info.first + row + 8 * r] = lse;
       }
     }
     if (in.gate.data) {
@@ -215,10 +214,10 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (row + 8 * r >= count) continue;
+        if (row + 8 * r >= info.count) continue;
         const T* const gate = static_cast<const T*>(in.gate.data) +
-                              in.gate.offset(at.batch, at.query_row + place.first + row + 8 * r, head) + first_column +
-                              lane % 4 * 2;
+                              in.gate.offset(at.batch, at.query_row + info.first + row + 8 * r, info.head) +
+                              first_column + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kResultTiles; ++i) {
           if (first_column + i * 8 >= columns) break;

@@ -8,7 +8,7 @@ namespace inlay::attention::cuda {
 template <auto Kernel, typename Arguments>
 void start_blocks(const Arguments& arguments, int64_t blocks, void* stream) {
   if (blocks == 0) return;
-  if (blocks >= int64_t{1} << 31) throw std::runtime_error("attention: q, k and bias must have fewer than 2^31 tiles");
+  if (blocks >= int64_t{1} << 31) fail("attention: q, k and bias must have fewer than 2^31 tiles");
   const Division& division = arguments.division;
   start_sized<Kernel>(arguments, dim3(static_cast<unsigned>(blocks)), division.warps * 32, division.shared_bytes,
                       shared_memory_limit(), stream);
@@ -17,7 +17,7 @@ void start_blocks(const Arguments& arguments, int64_t blocks, void* stream) {
 template <typename T>
 void general_forward(const ForwardParams& params, void* stream) {
   const Inputs& in = params.inputs;
-  const GeneralForwardArguments arguments{params, forward_division<T>(in, shared_memory_limit())};
+  const GeneralForwardArguments arguments{params, forward_division<T>(in, shared_memory_limit()), ScoreRule(in)};
   check_division(arguments.division);
   start_blocks<general_forward_kernel<T>>(arguments, in.queries.chunk_bound(arguments.division.rows) * in.query_heads,
                                           stream);
@@ -43,11 +43,7 @@ void general_backward(const BackwardParams& params, void* stream) {
   const Inputs& in = params.inputs;
   const int streamed = backward_division<T, GeneralRole::keys>(in).streamed;
   const GeneralScratch scratch(in, streamed, params.scratch);
-  GeneralBackwardArguments arguments{};
-  arguments.params = params;
-  arguments.rows = scratch.rows;
-  arguments.ranges = scratch.ranges;
-  arguments.dout = params.dout;
+  GeneralBackwardArguments arguments{params, {}, ScoreRule(in), params.dout, scratch.rows, scratch.ranges};
   if (scratch.dout) {
     arguments.dout = {scratch.dout, in.q.dtype, in.queries.tokens * in.query_heads * in.value_dim,
                       in.query_heads * in.value_dim, in.value_dim};

@@ -13,6 +13,7 @@ constexpr int kSinkThreads = 512;
 struct PrepareArguments {
   BackwardParams params;
   GeneralScratch scratch;
+  ScoreRule rule;
   int streamed;    // queries of a tile
   int64_t number;  // of rows or of tiles
 };
@@ -55,7 +56,7 @@ __global__ __launch_bounds__(kPrepareThreads) void prepare_rows_kernel(const __g
   const int64_t index = (batch * in.query_heads + head) * in.queries.tokens + token;
   if (p.params.dlse.data) delta -= static_cast<const float*>(p.params.dlse.data)[index];
   const float lse = static_cast<const float*>(p.params.lse.data)[index];
-  p.scratch.rows[index] = {lse == -INFINITY ? INFINITY : ScoreRule(in).inside ? lse : lse * kLogTwoE, delta};
+  p.scratch.rows[index] = {lse == -INFINITY ? INFINITY : p.rule.inside ? lse : lse * kLogTwoE, delta};
 }
 
 // By a warp for each tile of queries.
@@ -81,14 +82,13 @@ __global__ __launch_bounds__(kSinkThreads) void sink_gradients_kernel(const __gr
   release_successor();
   float sink[1];
   load_as_float(in.sinks.data, in.sinks.dtype, head, sink);
-  const bool inside = ScoreRule(in).inside;
   __shared__ float sums[kSinkThreads];
   float sum = 0.0f;
   for (int64_t batch = 0; batch < in.batch; ++batch) {
     const RowValues* const rows = p.scratch.rows + (batch * in.query_heads + head) * in.queries.tokens;
     for (int64_t i = threadIdx.x; i < in.queries.tokens; i += kSinkThreads) {
       const RowValues row = rows[i];
-      sum -= exp2_fast(inside ? (sink[0] - row.lse) * kLogTwoE : sink[0] * kLogTwoE - row.lse) * row.delta;
+      sum -= exp2_fast(p.rule.inside ? (sink[0] - row.lse) * kLogTwoE : sink[0] * kLogTwoE - row.lse) * row.delta;
     }
   }
   sums[threadIdx.x] = sum;
@@ -112,7 +112,7 @@ void start_warps(PrepareArguments& arguments, int64_t number, void* stream) {
 void prepare_general_backward(const BackwardParams& params, int streamed_queries, const GeneralScratch& scratch,
                               void* stream) {
   const Inputs& in = params.inputs;
-  PrepareArguments arguments{params, scratch, streamed_queries, 0};
+  PrepareArguments arguments{params, scratch, ScoreRule(in), streamed_queries, 0};
   start_warps<prepare_rows_kernel>(arguments, in.batch * in.queries.tokens * in.query_heads, stream);
   start_warps<find_ranges_kernel>(arguments, in.queries.chunk_bound(streamed_queries), stream);
   if (params.dsinks.data && in.query_heads > 0) {

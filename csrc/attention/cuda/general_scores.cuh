@@ -7,12 +7,12 @@
 #include "attention/cuda/general.h"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/mma.cuh"
+#include "common/cuda/sigmoid.cuh"
 
 namespace inlay::attention::cuda {
 
 using namespace inlay::cuda;
 
-constexpr float kLogTwoE = 1.4426950408889634f;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Where a row of a tile lies among sequences: tile `number` of all sequences' tiles of `rows` rows.
@@ -84,27 +84,31 @@ __device__ __forceinline__ QueryTileRange range_of(const Inputs& in, const Seque
   range.highest = min(__reduce_max_sync(kAllLanes, range.highest), at.key_count);
   range.all_from = __reduce_max_sync(kAllLanes, range.all_from);
   range.all_to = __reduce_min_sync(kAllLanes, range.all_to);
+  if (range.lowest >= range.highest) range.lowest = range.highest = 0;
   return range;
 }
 
 // What a block's threads know alike. In shared memory, as registers are short.
 struct BlockInfo {
   SequenceInfo at;
-  QueryTileRange range;
+  QueryTileRange range;  // of queries
+  int head;              // of queries, or of keys
+  int first, count;      // the block's rows, of the sequence
 };
 
 __device__ __forceinline__ BlockInfo& block_info(const Division& division) {
   return *reinterpret_cast<BlockInfo*>(dynamic_shared() + division.info_at);
 }
 
-// Both for the block's sequence and, of queries, its tile.
-__device__ __forceinline__ void set_block_info(BlockInfo& info, const Inputs& in, const RowPlace& place, int rows,
-                                               bool of_queries) {
+// Of rows of queries, or of keys.
+__device__ __forceinline__ void set_block_info(BlockInfo& info, const Inputs& in, const RowPlace& place, int head,
+                                               int rows, bool of_queries) {
   if (threadIdx.x < 32) {
     const SequenceInfo at(in, place.sequence);
+    const int count = min(rows, (of_queries ? at.query_count : at.all_keys) - place.first);
     QueryTileRange range{0, 0, 0, 0};
-    if (of_queries) range = range_of(in, at, place.first, min(rows, at.query_count - place.first));
-    if (threadIdx.x == 0) info = {at, range};
+    if (of_queries) range = range_of(in, at, place.first, count);
+    if (threadIdx.x == 0) info = {at, range, head, place.first, count};
   }
   __syncthreads();
 }
@@ -115,33 +119,15 @@ struct ScorePlace {
   int head;
 };
 
-// From products to exponents: finish_scores() leaves scores, or, without any reason to touch them, products. Exponents
-// of 2 are `factor` times as large, which is positive, and scores `unit` times.
-//
-// Scores may be as negative as floats can be, where eager code would hide keys. What is subtracted from them is
-// therefore subtracted before they are multiplied.
-struct ScoreRule {
-  float factor, unit, inner, cap;
-  bool inside;  // finish_scores() leaves scores
-
-  __device__ __forceinline__ explicit ScoreRule(const Inputs& in) {
-    const float scale = static_cast<float>(in.scale);
-    cap = static_cast<float>(in.softcap);
-    inside = cap > 0.0f || in.bias.data || in.mask.data || !(scale > 0.0f);
-    inner = cap > 0.0f ? scale / cap : scale;
-    unit = inside ? 1.0f : scale;
-    factor = kLogTwoE * unit;
-  }
-};
-
+// For a 16-bit T to 2^-19, which is enough for the derivative as well. The one instruction for it, to 2^-11, is not.
 template <typename T>
-__device__ __forceinline__ float capped_tanh(float x) {
-  if constexpr (sizeof(T) == 2) return tanh_fast(x);
-  return tanhf(x);
+__device__ __forceinline__ float tanh_of(float x) {
+  if constexpr (sizeof(T) == sizeof(float)) return tanhf(x);
+  return fmaf(-2.0f, sigmoid<T>(-2.0f * x), 1.0f);
 }
 
-// Calls with_row(row) for each of the thread's rows of the two sides' queries, and visit(score, key) for the keys of
-// that query: kKeysAreRows has the queries in columns.
+// Calls with_query(query, each_key) for each of the thread's queries, and each_key(visit) then visit(score, key) for
+// its keys.
 template <bool kKeysAreRows, int kTiles, typename WithQuery>
 __device__ __forceinline__ void each_query(Accumulator (&s)[kTiles], WithQuery with_query) {
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -269,7 +255,7 @@ __device__ __forceinline__ void finish_scores(Accumulator (&s)[kTiles], Accumula
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float t = capped_tanh<T>(s[i][j]);
+          const float t = tanh_of<T>(s[i][j]);
           s[i][j] = rule.cap * t;
           if (gradients) (*gradients)[i][j] *= fmaf(-t, t, 1.0f);
         }

@@ -13,6 +13,7 @@ enum class GeneralRole { keys, queries, bias };
 struct GeneralBackwardArguments {
   BackwardParams params;
   Division division;
+  ScoreRule rule;
   TokenTensor dout;  // the gradient of o
   const RowValues* rows;
   const QueryTileRange* ranges;  // of tiles of the division's queries, where keys have the blocks
@@ -37,8 +38,8 @@ class Visits<GeneralRole::keys> {
         streamed_(arguments.division.streamed),
         place_(locate(in_.keys, rows_, blockIdx.x % tiles())),
         at(block_info(arguments.division).at) {
-    set_block_info(block_info(arguments.division), in_, place_, rows_, false);
     key_head = static_cast<int>(blockIdx.x / tiles());
+    set_block_info(block_info(arguments.division), in_, place_, key_head, rows_, false);
     visit.first_key = place_.first;
     visit.head = key_head * static_cast<int>(in_.group());
     end_head_ = visit.head + static_cast<int>(in_.group());
@@ -54,7 +55,7 @@ class Visits<GeneralRole::keys> {
         const int own = tile_ + 1 + static_cast<int>(threadIdx.x % 32);
         QueryTileRange range{0, 0, 0, 0};
         if (own < query_tiles_) range = ranges_[own];
-        const bool seen = range.lowest < end_key && range.highest > visit.first_key && range.lowest < range.highest;
+        const bool seen = range.lowest < end_key && range.highest > visit.first_key;
         const unsigned some = __ballot_sync(kAllLanes, seen);
         if (some == 0) continue;
         const bool partial = range.all_from > visit.first_key || range.all_to < visit.first_key + rows_ ||
@@ -95,14 +96,13 @@ class Visits<GeneralRole::queries> {
         place_(locate(in_.queries, rows_, tiles() - 1 - blockIdx.x % tiles())),
         range_(block_info(arguments.division).range),
         at(block_info(arguments.division).at) {
-    set_block_info(block_info(arguments.division), in_, place_, rows_, true);
     visit.head = static_cast<int>(blockIdx.x / tiles());
+    set_block_info(block_info(arguments.division), in_, place_, visit.head, rows_, true);
     visit.first_query = place_.first;
-    visit.first_key = range_.lowest < range_.highest ? range_.lowest / streamed_ * streamed_ - streamed_ : 0;
+    visit.first_key = range_.lowest / streamed_ * streamed_ - streamed_;
   }
 
   __device__ __forceinline__ bool next() {
-    if (range_.lowest >= range_.highest) return false;
     visit.first_key += streamed_;
     visit.partial = visit.first_key < range_.all_from || visit.first_key + streamed_ > range_.all_to;
     return visit.first_key < range_.highest;
