@@ -45,7 +45,8 @@ def test_every_op_is_registered(library: Path) -> None:
     if library.name == "libinlay_cuda.so":
         names = [name for name in names if name.split("_")[0] not in ops.CPU_ONLY_FAMILIES]
     assert names
-    assert [name for name in names if f"\0{name}\0".encode() not in content] == []
+    # Without the zero before it: linkers put a name that ends another one, as norm does add_norm, into its place.
+    assert [name for name in names if f"{name}\0".encode() not in content] == []
 
 
 def test_needed_libraries(library: Path) -> None:
