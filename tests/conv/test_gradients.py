@@ -18,10 +18,9 @@ from tests.conv.cases import (
     boundaries,
     check_gradients,
     gradients,
-    random_like,
 )
 from tests.support.compare import assert_same_bits
-from tests.support.devices import each_dtype
+from tests.support.devices import each_dtype, random_like
 
 FULL = BASIC[0]
 

@@ -20,9 +20,9 @@ from tests.conv.cases import (
     check_gradients,
     check_values,
     gradients,
-    random_like,
 )
 from tests.support.compare import assert_same_bits
+from tests.support.devices import random_like
 
 FULL = BASIC[0]
 

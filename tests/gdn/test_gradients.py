@@ -16,10 +16,9 @@ from tests.gdn.cases import (
     check_gradients,
     gradients,
     kernel_dtype,
-    random_like,
 )
 from tests.support.compare import assert_same_bits
-from tests.support.devices import HALVES, poison_free_memory
+from tests.support.devices import HALVES, poison_free_memory, random_like
 
 DTYPES = [torch.float32, *HALVES]
 

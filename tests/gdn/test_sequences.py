@@ -14,9 +14,9 @@ from tests.gdn.cases import (
     check_values,
     gradients,
     kernel_dtype,
-    random_like,
 )
 from tests.support.compare import assert_same_bits
+from tests.support.devices import random_like
 
 LENGTHS = {
     "several": [5, 64, 130, 1, 63, 65],

@@ -44,7 +44,7 @@ def test_opposite_imbalances_do_not_hide_each_other_per_layer(device):
     first = torch.zeros(64, 4, device=device)
     first[:, :2] = 5
     layers = [first, first.flip(-1)]
-    assert inlay.load_balancing_loss(layers, 2) == pytest.approx(2.0, rel=1e-5)
+    assert inlay.load_balancing_loss(layers, 2).item() == pytest.approx(2.0, rel=1e-5)
     assert inlay.load_balancing_loss(layers, 2, per_layer=True) > 3.9
 
 

@@ -65,7 +65,10 @@ def test_strided_logits(device):
         weights, indices, stats = inlay.moe_router(logits, 3, stats=True)
         wanted = inlay.moe_router(logits.contiguous(), 3, stats=True)
         for actual, expected in zip((weights, indices, *stats), (*wanted[:2], *wanted[2]), strict=True):
-            assert_same_bits(actual, expected, "strided")
+            if device == "cpu" or not actual.is_floating_point():
+                assert_same_bits(actual, expected, "strided")
+            else:  # torch's own sums depend on strides there
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

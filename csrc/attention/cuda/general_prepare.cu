@@ -47,6 +47,8 @@ __global__ __launch_bounds__(kPrepareThreads) void prepare_rows_kernel(const __g
       store_from_float(p.params.dgate.data, p.params.dgate.dtype, number * columns + column, dgate);
       gradient[0] *= open;
       store_from_float(p.scratch.dout, in.q.dtype, number * columns + column, gradient);
+      gradient[0] =
+          read(TokenTensor{p.scratch.dout, in.q.dtype}, number * columns + column);  // as products will know it
     }
     delta = fmaf(gradient[0], result, delta);
   }
