@@ -32,8 +32,7 @@ struct GeneralForwardArguments {
 // What is known of the softmax of one of this thread's queries so far: the sum, of its own columns, of
 // 2^(factor * (s - top)).
 struct SoftmaxRow {
-  float top = -INFINITY;
-  float sum = 0.0f;
+  float top, sum;
 };
 
 // Scores become probabilities, not yet divided by their sums. Returns whether results must be multiplied by
@@ -134,7 +133,10 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
   };
 
   Accumulator o[kRowTiles][kResultTiles];
+  // Not by initialisers of its members: nvcc 13.0 gives them to the first row of an array of two dimensions alone.
   SoftmaxRow rows[kRowTiles][2];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) rows[m][0] = rows[m][1] = {-INFINITY, 0.0f};
   clear(o);
   const ScoreRule& rule = arguments.rule;
   const int end_tile = (range.highest + keys - 1) / keys;
