@@ -57,7 +57,7 @@ def _section(family: str) -> str:
 
 def _tables(family: str, path: Path) -> str:
     about, rows = read_results(path)
-    device = path.stem.split("-", 1)[1]
+    device = path.stem.split("-")[1]  # what may follow names a part of the family that was measured by itself
     subject = FAMILIES[family].subject
     said = ", ".join(f"{name} {value}" for name, value in about.items() if name not in ("device", "date"))
     lines = [
