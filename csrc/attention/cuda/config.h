@@ -66,13 +66,13 @@ struct BackwardShape {
   constexpr int dq_floats() const { return 2 * 64 * half_columns(); }  // of a tile
 };
 
-// What was learnt on an H200 (bf16, 16k tokens, causal, TFLOP/s of the whole backward, within 4 % for the clock's sake).
-// dq's sums are what limits: without adding them d128 has 648 instead of 555 and d256 675 instead of 445, and plain
-// stores in place of reductions gain next to nothing, so it is the way to the L2 cache that is full, of 32 KiB for each
-// tile of 64 queries and 128 keys. Reductions from registers and copies of sums by way of shared memory take as long.
-// At d64 the time goes between the products: tiles of 128 queries have 440, of 64 queries 420, and products in flight
-// while s is looked at do not fit in the registers. The sum of one group's dq in shared memory needs room that d256
-// does not have with two stages.
+// What was learnt on an H200 (bf16, 16k tokens, causal, TFLOP/s of the whole backward, within 4 % for the clock's
+// sake). dq's sums are what limits: without adding them d128 has 648 instead of 555 and d256 675 instead of 445, and
+// plain stores in place of reductions gain next to nothing, so it is the way to the L2 cache that is full, of 32 KiB
+// for each tile of 64 queries and 128 keys. Reductions from registers and copies of sums by way of shared memory take
+// as long. At d64 the time goes between the products: tiles of 128 queries have 440, of 64 queries 420, and products in
+// flight while s is looked at do not fit in the registers. The sum of one group's dq in shared memory needs room that
+// d256 does not have with two stages.
 inline constexpr BackwardShape kBackwardShapes[] = {
     {64, 64, 128, 128, 2, false}, {96, 96, 128, 64, 2, false},  {128, 128, 128, 64, 2, false},
     {128, 128, 128, 64, 2, true}, {192, 128, 64, 64, 2, false}, {192, 192, 64, 64, 2, false},
