@@ -31,9 +31,9 @@ __device__ __forceinline__ void compute_half_of_keys(const BackwardArguments& ar
         matrix_descriptor(shared + C::kSlotsAt + C::QueryTile::kBytes, C::ResultTile::kPanelBytes);
     // This group's half of dq: its columns of k, or its columns of dS'.
     constexpr bool kByColumns = C::kUse.halves_are_columns();
-    constexpr int kHalfBytes = C::kUse.half_columns() == 64 ? C::KeyTile::kPanelBytes : C::kUse.half_columns() * 2;
+    static_assert(C::kUse.half_columns() == 64);
     const uint64_t half_keys =
-        matrix_descriptor(shared + (kByColumns ? group * kHalfBytes : 0), C::KeyTile::kPanelBytes);
+        matrix_descriptor(shared + (kByColumns ? group * C::KeyTile::kPanelBytes : 0), C::KeyTile::kPanelBytes);
     const uint64_t half_scores = matrix_descriptor(
         shared + C::kScoresAt + (kByColumns ? 0 : group * C::ScoreTile::kPanelBytes), C::ScoreTile::kPanelBytes);
     const uint64_t own_scores = matrix_descriptor(shared + C::kScoresAt + group * 64 * 128, C::ScoreTile::kPanelBytes);

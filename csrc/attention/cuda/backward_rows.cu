@@ -10,7 +10,6 @@
 namespace inlay::attention::cuda {
 namespace {
 
-constexpr float kLog2OfE = 1.4426950408889634f;
 constexpr int kRowThreads = 256;
 
 struct PrepareParams {
@@ -79,7 +78,7 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows_kernel(PrepareParams
     for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, other);
     if (lane == 0 && at < rows) {
       const float lse = static_cast<const float*>(backward.lse.data)[index];
-      p.log_scales[index] = lse == -INFINITY ? -INFINITY : -lse * kLog2OfE;
+      p.log_scales[index] = lse == -INFINITY ? -INFINITY : -lse * kLog2E;
       p.deltas[index] = backward.dlse.data ? delta - static_cast<const float*>(backward.dlse.data)[index] : delta;
     }
   }
@@ -158,7 +157,7 @@ __global__ __launch_bounds__(kRowThreads) void finish_sinks_kernel(SinkParams p)
   for (int64_t batch = 0; batch < in.batch; ++batch) {
     const int64_t first = (batch * in.query_heads + head) * tokens;
     for (int64_t i = threadIdx.x; i < tokens; i += kRowThreads) {
-      sum -= exp2f(fmaf(sink[0], kLog2OfE, p.log_scales[first + i])) * p.deltas[first + i];
+      sum -= exp2f(fmaf(sink[0], kLog2E, p.log_scales[first + i])) * p.deltas[first + i];
     }
   }
   __shared__ float sums[kRowThreads / 32];

@@ -8,8 +8,6 @@
 
 namespace inlay::attention::cuda {
 
-constexpr float kLog2OfE = 1.4426950408889634f;
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // From products of q and k to exponents of 2, and the slope of that.
@@ -19,7 +17,7 @@ struct BackwardScale {
 
   __device__ explicit BackwardScale(const Inputs& in) {
     const float scale = static_cast<float>(in.scale), cap = static_cast<float>(in.softcap);
-    factor = kLog2OfE * (kCapped ? cap : scale);
+    factor = kLog2E * (kCapped ? cap : scale);
     inner = scale / cap;
     inverse = 1.0f / factor;
   }

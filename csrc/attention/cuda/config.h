@@ -23,6 +23,8 @@ struct ForwardShape {
   constexpr int many_registers() const { return groups == 3 ? 160 : head_dim > 192 ? 240 : 232; }
 };
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 constexpr int kAnyLength = 0x7fffffff;
 
 // In the order of their cost: the first one that is large enough serves. Measured on an H200 (bf16, 16k tokens, cycles
@@ -60,9 +62,7 @@ struct BackwardShape {
 
   // dq's tiles are added up in halves, each by one warpgroup: of 64 queries, or of the columns.
   constexpr bool halves_are_columns() const { return queries == 64; }
-  constexpr int half_columns() const {
-    return !halves_are_columns() ? 64 : head_dim <= 64 ? 32 : (head_dim + 127) / 128 * 64;
-  }
+  constexpr int half_columns() const { return halves_are_columns() ? (head_dim + 127) / 128 * 64 : 64; }
   constexpr int dq_floats() const { return 2 * 64 * half_columns(); }  // of a tile
 };
 

@@ -6,11 +6,10 @@
 // then compute a part of the depth of the scores each, and add these parts up through shared memory.
 #pragma once
 
+#include "attention/cuda/config.h"
 #include "attention/params.h"
 
 namespace inlay::attention::cuda {
-
-constexpr float kLogTwoE = 1.4426950408889634f;
 
 // How a block's work is divided up, and its shared memory.
 struct Division {
@@ -42,7 +41,7 @@ struct ScoreRule {
     inside = cap > 0.0f || in.bias.data || in.mask.data || !(scale > 0.0f);
     inner = cap > 0.0f ? scale / cap : scale;
     unit = inside ? 1.0f : scale;
-    factor = kLogTwoE * unit;
+    factor = kLog2E * unit;
   }
 };
 

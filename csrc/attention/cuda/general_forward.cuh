@@ -83,8 +83,8 @@ __device__ __forceinline__ float finish_softmax(const Inputs& in, const SoftmaxR
     load_as_float(in.sinks.data, in.sinks.dtype, head, sink);
     const float larger = fmaxf(top, sink[0]);
     if (larger > -INFINITY) {
-      share = exp2_fast((top - larger) * kLogTwoE);
-      sum = sum * share + exp2_fast((sink[0] - larger) * kLogTwoE);
+      share = exp2_fast((top - larger) * kLog2E);
+      sum = sum * share + exp2_fast((sink[0] - larger) * kLog2E);
       top = larger;
     }
   }

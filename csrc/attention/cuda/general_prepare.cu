@@ -58,7 +58,7 @@ __global__ __launch_bounds__(kPrepareThreads) void prepare_rows_kernel(const __g
   const int64_t index = (batch * in.query_heads + head) * in.queries.tokens + token;
   if (p.params.dlse.data) delta -= static_cast<const float*>(p.params.dlse.data)[index];
   const float lse = static_cast<const float*>(p.params.lse.data)[index];
-  p.scratch.rows[index] = {lse == -INFINITY ? INFINITY : p.rule.inside ? lse : lse * kLogTwoE, delta};
+  p.scratch.rows[index] = {lse == -INFINITY ? INFINITY : p.rule.inside ? lse : lse * kLog2E, delta};
 }
 
 // By a warp for each tile of queries.
@@ -90,7 +90,7 @@ __global__ __launch_bounds__(kSinkThreads) void sink_gradients_kernel(const __gr
     const RowValues* const rows = p.scratch.rows + (batch * in.query_heads + head) * in.queries.tokens;
     for (int64_t i = threadIdx.x; i < in.queries.tokens; i += kSinkThreads) {
       const RowValues row = rows[i];
-      sum -= exp2_fast(p.rule.inside ? (sink[0] - row.lse) * kLogTwoE : sink[0] * kLogTwoE - row.lse) * row.delta;
+      sum -= exp2_fast(p.rule.inside ? (sink[0] - row.lse) * kLog2E : sink[0] * kLog2E - row.lse) * row.delta;
     }
   }
   sums[threadIdx.x] = sum;

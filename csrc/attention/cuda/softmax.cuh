@@ -2,6 +2,7 @@
 // the eighth after it, and of each 8 columns two (see mma.cuh); four neighbouring threads share their queries.
 #pragma once
 
+#include "attention/cuda/config.h"
 #include "attention/cuda/rows.cuh"
 #include "attention/cuda/tiles.cuh"
 #include "attention/params.h"
@@ -12,7 +13,7 @@ namespace inlay::attention::cuda {
 
 using namespace inlay::cuda;
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // From products of q and k to exponents of 2: times `factor`, which is positive; before that, where `before` says so,
 // what apply() does.
