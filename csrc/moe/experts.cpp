@@ -29,7 +29,7 @@ ForwardResults run_forward(const char* op, const Tensor& x_tensor, const Optiona
                            const OptionalTensor& weights, const OptionalTensor& row_ends, const Tensor& gate_up_proj,
                            const Tensor& down_proj, const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
                            const OptionalTensor& shared, const OptionalTensor& shared_gate, int64_t activation,
-                           bool gated, bool interleaved, bool transposed, double limit, bool wants_h) {
+                           bool gated, bool interleaved, bool transposed, double limit, bool keeps_rows, bool wants_h) {
   const TensorInfo x(op, "x", x_tensor);
   INLAY_CHECK(indices.has_value() != row_ends.has_value(), op, ": one of indices and ends must be given, got ",
               indices ? "both" : "neither");
@@ -41,6 +41,7 @@ ForwardResults run_forward(const char* op, const Tensor& x_tensor, const Optiona
                                      shared_gate, slots, activation, gated, interleaved, transposed, limit});
   const ExpertInputs& in = params.inputs;
   params.sorted = !indices.has_value();
+  params.keeps_rows = keeps_rows;
   if (indices) {
     INLAY_CHECK(indices->size(0) == in.tokens, op, ": indices must have x's ", in.tokens, " rows, got ",
                 indices->size(0));
@@ -68,7 +69,7 @@ Tensor moe_experts(const Tensor& x, const OptionalTensor& indices, const Optiona
                    const OptionalTensor& shared_gate, int64_t activation, bool gated, bool interleaved, bool transposed,
                    double limit) {
   return run_forward("moe_experts", x, indices, weights, ends, gate_up_proj, down_proj, gate_up_bias, down_bias, shared,
-                     shared_gate, activation, gated, interleaved, transposed, limit, false)
+                     shared_gate, activation, gated, interleaved, transposed, limit, false, false)
       .y;
 }
 
@@ -79,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_experts_fwd(
     int64_t activation, bool gated, bool interleaved, bool transposed, double limit, bool wants_h) {
   ForwardResults results =
       run_forward("moe_experts_fwd", x, indices, weights, ends, gate_up_proj, down_proj, gate_up_bias, down_bias,
-                  shared, shared_gate, activation, gated, interleaved, transposed, limit, wants_h);
+                  shared, shared_gate, activation, gated, interleaved, transposed, limit, true, wants_h);
   return {results.y, results.h, results.rows, results.ends};
 }
 

@@ -107,7 +107,8 @@ struct ExpertForwardParams {
   bool sorted = false;      // K is 1, rows are tokens in their order, and `ends` says where each expert's rows end
   IndexTensor indices;      // [T * K], E for none; unless sorted
   IndexTensor ends;         // [E], if sorted
-  Rows rows;                // written
+  Rows rows;                // written; of a forward without gradients only where the kernels need them
+  bool keeps_rows = false;  // whether a backward will read them
   OutputTensor y;           // [T, H] T
   OutputTensor h;           // [T * K, P] T in the order of rows: before the activation; or not wanted
   void* scratch = nullptr;  // scratch_bytes(), aligned to 256 bytes
