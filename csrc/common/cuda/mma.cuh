@@ -157,6 +157,13 @@ __device__ inline uint32_t load_shared_word(uint32_t address) {
   return value;
 }
 
+// 16 bytes at once, which the compiler may split where they come from a selection.
+__device__ inline void store_global(void* address, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 // Copies 16 bytes in the background.
 __device__ inline void copy_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");

@@ -1,0 +1,48 @@
+// What the kernels of row_products.cuh are told.
+#pragma once
+
+#include <cuda.h>
+
+#include "moe/cuda/tile_sizes.h"
+#include "moe/params.h"
+
+namespace inlay::moe::cuda {
+
+enum class RowStep { kFirst, kResults, kActivations };
+
+struct RowProductArguments {
+  CUtensorMap rows;     // [capacity, depth], where they are not gathered
+  CUtensorMap matrix;   // of every expert
+  CUtensorMap results;  // [capacity, width] of kResults
+  const void* gathered = nullptr;
+  int64_t gathered_stride = 0;
+  const int32_t* tokens = nullptr;  // of padded rows
+  const int32_t* ends = nullptr;    // of experts
+  int experts = 0;
+  int depth = 0;  // that is summed over
+  int column_tiles = 0;
+  bool halves = false;  // columns are those of gates, and of what they gate, apart
+
+  Gating gating;
+  int intermediate = 0;
+  int width = 0;                   // of results
+  ExpertMatrices bias;             // of columns; or absent
+  VectorTensor weights;            // of slots; or absent
+  const int32_t* slots = nullptr;  // of rows
+  const void* saved_h = nullptr;   // [T * K, P]
+  void* h = nullptr;               // [T * K, P]
+  void* a = nullptr;               // [capacity, intermediate]
+  void* dh = nullptr;              // [capacity, P]
+  float* weight_parts = nullptr;   // [column_tiles, capacity]
+  int64_t capacity = 0;
+};
+
+template <typename T_, RowStep kStep_, bool kTransposed_>
+struct RowProductConfig {
+  using T = T_;
+  static constexpr RowStep kStep = kStep_;
+  static constexpr bool kTransposed = kTransposed_;  // the matrix has the summed dimension as rows
+  static constexpr bool kGathers = kStep == RowStep::kFirst || kStep == RowStep::kActivations;
+};
+
+}  // namespace inlay::moe::cuda

@@ -1,0 +1,136 @@
+// The ring of stages that tiles' operands pass through, and the two sides of it: who fetches, and who multiplies.
+//
+// A stage has 64 of the summed dimension: of 128 rows, and of 256 columns of a matrix, as four boxes of 64 columns. It
+// is free when all warps have read it. (Blocks of a cluster that fetch half of the columns for each other are slower:
+// on an H200 470 TFLOP/s instead of 700 where 1536 is summed over. Each then waits for the slower of both, every
+// stage.)
+#pragma once
+
+#include "common/cuda/tensor_map.cuh"
+#include "common/cuda/wgmma.cuh"
+#include "moe/cuda/tile_order.cuh"
+
+namespace inlay::moe::cuda {
+
+using namespace inlay::cuda;
+
+struct Ring {
+  Barrier full[kStages];
+  Barrier free[kStages];
+  // The same for the results of each group that multiplies: they are stored while it goes on with the next tile.
+  Barrier results_full[kGroups];
+  Barrier results_free[kGroups];
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// By one thread. `copying`: how many threads fetch with copies of their own, beside the one that starts bulk copies.
+// `storing`: how many arrivals say that results have been read.
+__device__ __forceinline__ void init_ring(Ring& ring, int copying, int storing) {
+  for (int i = 0; i < kStages; ++i) {
+    init_barrier(ring.full[i], 1 + copying);
+    init_barrier(ring.free[i], kGroups * 4);
+  }
+  for (int i = 0; i < kGroups; ++i) {
+    init_barrier(ring.results_full[i], 4);
+    init_barrier(ring.results_free[i], storing);
+  }
+  publish_barriers();
+}
+
+// A stage's columns, at coordinates that `at(box)` gives.
+struct BoxPlace {
+  int column, row, head;
+};
+template <class At>
+__device__ __forceinline__ void fetch_columns(uint32_t to, const CUtensorMap& map, int expert, Barrier& full, At at) {
+#pragma unroll
+  for (int box = 0; box < kBoxes; ++box) {
+    const BoxPlace place = at(box);
+    fetch_box(to + box * kBoxBytes, map, place.column, place.row, place.head, expert, full);
+  }
+}
+
+// c = the sums over `count` stages, one or more, of this group's 64 rows times the columns. `kCopied`: threads, rather
+// than the copy engine, fetched the rows.
+template <typename T, bool kTransposedRows, bool kTransposedColumns, bool kCopied>
+__device__ __forceinline__ void multiply_stages(Accumulator (&c)[kTileColumns / 8], Ring& ring, Turn<kStages>& turn,
+                                                uint32_t shared, int count, int group) {
+  constexpr int kSteps = kTileDepth / 16;
+  constexpr int kRowsStep = kTransposedRows ? 2048 : 32, kColumnsStep = kTransposedColumns ? 2048 : 32;
+  const uint64_t first_rows = matrix_descriptor(shared + group * (kRowBytes / 2), kBoxBytes);
+  const uint64_t first_columns = matrix_descriptor(shared + kRowBytes, kBoxBytes);
+  const auto multiply = [&](bool fresh) {
+    wait_at(ring.full[turn.stage], turn.phase);
+    if (kCopied) publish_shared();  // to the tensor cores
+    const uint64_t rows = advance(first_rows, turn.stage * kStageBytes);
+    const uint64_t columns = advance(first_columns, turn.stage * kStageBytes);
+    begin_products();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      start_product_of<T, kTileColumns / 8, kTransposedRows, kTransposedColumns>(
+          c, advance(rows, step * kRowsStep), advance(columns, step * kColumnsStep), !fresh || step > 0);
+    }
+    commit_products();
+  };
+  multiply(true);
+  int last = turn.stage;
+  turn.next();
+#pragma unroll 1
+  for (int i = 1; i < count; ++i) {
+    multiply(false);
+    wait_for_products<1>();
+    arrive_as_warp(ring.free[last]);
+    last = turn.stage;
+    turn.next();
+  }
+  wait_for_products<0>();
+  keep(c);
+  arrive_as_warp(ring.free[last]);
+}
+
+// What a group does whose rows are all padding: it only passes the stages on.
+__device__ __forceinline__ void pass_stages(Ring& ring, Turn<kStages>& turn, int count) {
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    wait_at(ring.full[turn.stage], turn.phase);
+    arrive_as_warp(ring.free[turn.stage]);
+    turn.next();
+  }
+}
+
+// Hands a group's rounded sums over: as squares of 64 by 64 or, turned over, these transposed. `count`: how often
+// before.
+template <typename T, bool kTurnsOver>
+__device__ __forceinline__ void hand_over(const Accumulator (&c)[kTileColumns / 8], Ring& ring, uint32_t results,
+                                          int group, int count) {
+  const int first_row = threadIdx.x / 32 % 4 * 16;
+  wait_at(ring.results_free[group], count + 1);
+#pragma unroll
+  for (int i = 0; i < kTileColumns / 16; ++i) {
+    const TileView<T, 64, 64> square{results + i / 4 * kBoxBytes};
+    const Fragment packed = {pack_pair<T>(c[2 * i][0], c[2 * i][1]), pack_pair<T>(c[2 * i][2], c[2 * i][3]),
+                             pack_pair<T>(c[2 * i + 1][0], c[2 * i + 1][1]),
+                             pack_pair<T>(c[2 * i + 1][2], c[2 * i + 1][3])};
+    if constexpr (kTurnsOver) {
+      square.store_columns_first(packed, i % 4 * 16, first_row);
+    } else {
+      square.store_rows_first(packed, first_row, i % 4 * 16);
+    }
+  }
+  publish_shared();  // to the copy engine
+  arrive_as_warp(ring.results_full[group]);
+}
+
+__device__ __forceinline__ void hand_zeros_over(Ring& ring, uint32_t results, int group, int count) {
+  wait_at(ring.results_free[group], count + 1);
+  for (int i = threadIdx.x % 128 * 16; i < kResultBytes; i += 128 * 16) {
+    store_shared(results + i, make_uint4(0, 0, 0, 0));
+  }
+  publish_shared();
+  arrive_as_warp(ring.results_full[group]);
+}
+
+#endif
+
+}  // namespace inlay::moe::cuda
