@@ -133,15 +133,15 @@ void sum_dx(const ExpertBackwardParams& params, const BackwardSteps& steps, void
 
 void start_weights(const ExpertBackwardParams& params, const BackwardSteps& steps, void* stream) {
   const ExpertInputs& in = params.inputs;
-  const WeightParams p{steps.padded, in.most_rows(),     in.slots,  in.hidden,    steps.parts,
-                       steps.weight_parts, params.dy, in.down_bias, params.dweights};
+  const WeightParams p{steps.padded,       in.most_rows(), in.slots,     in.hidden,      steps.parts,
+                       steps.weight_parts, params.dy,      in.down_bias, params.dweights};
   if (!in.down_bias.data) {
     start<weights_kernel, kThreads>(p, dim3(blocks_for(p.rows, kThreads)), stream);
     return;
   }
   with_access(in.x.dtype, in.hidden, aligned_rows(p.dy) && aligned_rows(p.down_bias), [&](auto zero, auto width) {
-    start<biased_weights_kernel<decltype(zero), decltype(width)::value>, kThreads>(
-        p, dim3(blocks_for(p.rows, kWarps)), stream);
+    start<biased_weights_kernel<decltype(zero), decltype(width)::value>, kThreads>(p, dim3(blocks_for(p.rows, kWarps)),
+                                                                                   stream);
   });
 }
 

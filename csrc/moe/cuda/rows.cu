@@ -20,8 +20,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kRange = static_cast<int>(kMaxRoutedExperts) + 1;  // a router's most experts, and none
 constexpr int kPerThread = (kRange + kThreads - 1) / kThreads;
 constexpr int64_t kFewChoices = 8192;
-constexpr int64_t kStretch = 2048;      // choices of a block, at least
-constexpr int64_t kTableSize = 32768;   // counts that each block reads again, about
+constexpr int64_t kStretch = 2048;     // choices of a block, at least
+constexpr int64_t kTableSize = 32768;  // counts that each block reads again, about
 constexpr int64_t kMostStretches = 128;
 constexpr int64_t kFewestStretches = 16;  // however many experts there are
 constexpr int64_t kPaddingBlocks = 264;
@@ -363,7 +363,9 @@ __global__ void __launch_bounds__(kThreads) pad_kernel(const __grid_constant__ P
   }
 }
 
-int64_t clamp(int64_t value, int64_t least, int64_t most) { return value < least ? least : value > most ? most : value; }
+int64_t clamp(int64_t value, int64_t least, int64_t most) {
+  return value < least ? least : value > most ? most : value;
+}
 
 unsigned ranges_of(int64_t bins) { return static_cast<unsigned>(bins > 0 ? divide_up(bins, kRange) : 1); }
 
