@@ -60,6 +60,30 @@ __device__ inline const T* row_of(const RowTensor& tensor, int64_t row) {
   return static_cast<const T*>(tensor.data) + tensor.layout.offset(row);
 }
 
+// What a lane takes of a row, from `column` on: zeros beyond the row. As many elements whether it may read 16 bytes
+// (N is what it takes) or single ones, so that a sum over a row has the same order.
+template <int N, typename T>
+__device__ inline void load_part(const T* row, int64_t column, int64_t width, float (&values)[kPerAccess<T>]) {
+  if constexpr (N == kPerAccess<T>) {
+    unpack(load<T, N>(row + column), values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerAccess<T>; ++i) values[i] = column + i < width ? to_float(row[column + i]) : 0.0f;
+  }
+}
+
+template <int N, typename T>
+__device__ inline void store_part(T* row, int64_t column, int64_t width, const float (&values)[kPerAccess<T>]) {
+  if constexpr (N == kPerAccess<T>) {
+    store(row + column, pack<T>(values));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerAccess<T>; ++i) {
+      if (column + i < width) row[column + i] = from_float<T>(values[i]);
+    }
+  }
+}
+
 __device__ inline float sum_of_warp(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);

@@ -46,8 +46,9 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(const __grid_constant
 }
 
 // A slot a warp.
-template <typename T, int N>
+template <typename T, typename B, int N>
 __global__ void __launch_bounds__(kThreads) biased_weights_kernel(const __grid_constant__ WeightParams p) {
+  constexpr int kLanes = kPerAccess<T>;
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   wait_for_predecessor();
@@ -58,14 +59,19 @@ __global__ void __launch_bounds__(kThreads) biased_weights_kernel(const __grid_c
   float product = 0.0f;
   if (expert >= 0) {
     const T* const dy = row_of<T>(p.dy, slot / p.slots);
-    const int64_t bias = expert * p.down_bias.expert_stride;
+    const B* const bias = static_cast<const B*>(p.down_bias.data) + expert * p.down_bias.expert_stride;
 #pragma unroll 2
-    for (int64_t column = lane * N; column < p.hidden; column += 32 * N) {
-      float left[N], right[N];
-      unpack(load<T, N>(dy + column), left);
-      load_as_float(p.down_bias.data, p.down_bias.dtype, bias + column, right);
+    for (int64_t column = lane * kLanes; column < p.hidden; column += 32 * kLanes) {
+      float left[kLanes], right[kLanes];
+      load_part<N>(dy, column, p.hidden, left);
+      if constexpr (N == kLanes) {
+        unpack(load<B, N>(bias + column), right);
+      } else {
 #pragma unroll
-      for (int i = 0; i < N; ++i) product = fmaf(left[i], right[i], product);
+        for (int i = 0; i < kLanes; ++i) right[i] = column + i < p.hidden ? to_float(bias[column + i]) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) product = fmaf(left[i], right[i], product);
     }
   }
   product = sum_of_warp(product);
@@ -85,6 +91,7 @@ struct SharedParams {
 // A token a warp.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) shared_kernel(const __grid_constant__ SharedParams p) {
+  constexpr int kLanes = kPerAccess<T>;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   wait_for_predecessor();
@@ -96,19 +103,19 @@ __global__ void __launch_bounds__(kThreads) shared_kernel(const __grid_constant_
   T* const dshared = p.dshared.data ? static_cast<T*>(p.dshared.data) + token * p.hidden : nullptr;
   float product = 0.0f;
 #pragma unroll 2
-  for (int64_t column = lane * N; column < p.hidden; column += 32 * N) {
-    float values[N];
-    unpack(load<T, N>(dy + column), values);
+  for (int64_t column = lane * kLanes; column < p.hidden; column += 32 * kLanes) {
+    float values[kLanes];
+    load_part<N>(dy, column, p.hidden, values);
     if (shared) {
-      float other[N];
-      unpack(load<T, N>(shared + column), other);
+      float other[kLanes];
+      load_part<N>(shared, column, p.hidden, other);
 #pragma unroll
-      for (int i = 0; i < N; ++i) product = fmaf(values[i], other[i], product);
+      for (int i = 0; i < kLanes; ++i) product = fmaf(values[i], other[i], product);
     }
     if (dshared) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) values[i] *= gate;
-      store(dshared + column, pack<T>(values));
+      for (int i = 0; i < kLanes; ++i) values[i] *= gate;
+      store_part<N>(dshared, column, p.hidden, values);
     }
   }
   if (!shared) return;
@@ -140,8 +147,14 @@ void start_weights(const ExpertBackwardParams& params, const BackwardSteps& step
     return;
   }
   with_access(in.x.dtype, in.hidden, aligned_rows(p.dy) && aligned_rows(p.down_bias), [&](auto zero, auto width) {
-    start<biased_weights_kernel<decltype(zero), decltype(width)::value>, kThreads>(p, dim3(blocks_for(p.rows, kWarps)),
-                                                                                   stream);
+    using T = decltype(zero);
+    constexpr int kWidth = decltype(width)::value;
+    const dim3 grid(blocks_for(p.rows, kWarps));
+    if (in.down_bias.dtype == kDType<T>) {
+      start<biased_weights_kernel<T, T, kWidth>, kThreads>(p, grid, stream);
+    } else {
+      start<biased_weights_kernel<T, float, kWidth>, kThreads>(p, grid, stream);
+    }
   });
 }
 
