@@ -28,9 +28,10 @@ __device__ void exclude_groups(const RouterForwardParams& p, uint32_t* keys, flo
   const int lane = threadIdx.x % 32;
   for (int group = lane; group < groups; group += 32) {
     uint32_t first = 0, second = 0;
+    int at = lane % size;  // so that lanes start in different banks
     for (int i = 0; i < size; ++i) {
-      const int skewed = i + lane < size ? i + lane : (i + lane) % size;  // lanes start in different banks
-      const uint32_t key = keys[group * size + skewed];
+      const uint32_t key = keys[group * size + at];
+      at = at + 1 < size ? at + 1 : 0;
       second = key > first ? first : key > second ? key : second;
       first = key > first ? key : first;
     }
@@ -109,7 +110,7 @@ class Warp {
     for (int i = 0; i < kValues; ++i) keys_[i] = memory_.keys[token_.first + i];
   }
 
-  // The index of this lane's slot. `least`: the last key that was chosen.
+  // The index of this lane's slot. `least`: the least key that was chosen, or NaN's.
   __device__ int64_t choose(uint32_t& least) {
     fill_keys();
     if (p_.chosen_groups < p_.groups) {
@@ -126,8 +127,9 @@ class Warp {
         at = keys_[i] > highest ? i : at;
         highest = keys_[i] > highest ? keys_[i] : highest;
       }
-      least = __reduce_max_sync(kAllLanes, highest);
-      const int owner = __ffs(__ballot_sync(kAllLanes, highest == least)) - 1;
+      const uint32_t best = __reduce_max_sync(kAllLanes, highest);
+      least = slot > 0 && least == kNanKey ? kNanKey : best;
+      const int owner = __ffs(__ballot_sync(kAllLanes, highest == best)) - 1;
       const int index = __shfl_sync(kAllLanes, token_.first + at, owner);
       if (lane_ == slot) chosen = index;
 #pragma unroll
@@ -142,8 +144,9 @@ class Warp {
     fill_keys();
     store_keys();
     const bool exists = index >= 0 && index < in_.experts;
-    least = __reduce_min_sync(kAllLanes, exists ? memory_.keys[index] : 0xffffffffu);
-    __syncwarp();
+    const uint32_t key = exists ? memory_.keys[index] : kNanKey;
+    least = __reduce_min_sync(kAllLanes, key);
+    if (__any_sync(kAllLanes, exists && key == kNanKey)) least = kNanKey;
     if (exists) memory_.keys[index] = 0;
     reload_keys();
     return index;
@@ -166,7 +169,9 @@ class Warp {
       largest = size > largest ? size : largest;
       other = keys_[i] > other ? keys_[i] : other;
     }
-    const float entropy = sum_of_warp(surprise) / total + (is_sigmoid ? logf(total) : 0.0f);
+    // Where all scores are zero, so are the probabilities.
+    const float of_total = is_sigmoid ? logf(total) * ((total - kLeastSum) / total) : 0.0f;
+    const float entropy = sum_of_warp(surprise) / total + of_total;
     largest = __reduce_max_sync(kAllLanes, largest);
     other = __reduce_max_sync(kAllLanes, other);
     if (lane_ == 0) {

@@ -36,9 +36,11 @@ void with_values(int64_t experts, Use use) {
   return use(std::integral_constant<int, 32>());
 }
 
+inline constexpr uint32_t kNanKey = 0xffffffffu;
+
 // Numbers in the order of choice: NaN comes first, as in torch.topk, and zeros are equal. 0 is below all of them.
 __device__ inline uint32_t key_of(float value) {
-  if (value != value) return 0xffffffffu;
+  if (value != value) return kNanKey;
   const uint32_t bits = __float_as_uint(value == 0.0f ? 0.0f : value);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
@@ -46,7 +48,7 @@ __device__ inline uint32_t key_of(float value) {
 // 0 stands for -infinity.
 __device__ inline float value_of(uint32_t key) {
   if (key == 0) return -__uint_as_float(0x7f800000u);
-  if (key == 0xffffffffu) return __uint_as_float(0x7fffffffu);
+  if (key == kNanKey) return __uint_as_float(0x7fffffffu);
   return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
@@ -97,7 +99,7 @@ struct TokenScores {
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
-        scores[i] = i < count ? expf(logits[i] - most) : 0.0f;
+        scores[i] = expf(logits[i] - most);  // of those beyond: 0, or NaN where all are
         sum += scores[i];
       }
       sum = sum_of_warp(sum);
@@ -108,7 +110,7 @@ struct TokenScores {
     }
     if (!is_sigmoid) return;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) scores[i] = i < count ? sigmoid<float>(logits[i]) : 0.0f;
+    for (int i = 0; i < kValues; ++i) scores[i] = sigmoid<float>(logits[i]);
   }
 
   // What sigmoids are divided by to be probabilities.
