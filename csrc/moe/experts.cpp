@@ -8,16 +8,6 @@ namespace {
 
 int32_t* integers(const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); }
 
-struct Scratch {
-  Tensor tensor;
-  void* data;
-};
-
-Scratch make_scratch(int64_t bytes, const TensorInfo& x) {
-  Tensor tensor = empty_if(true, {(bytes + 3) / 4}, DType::f32, x);
-  return {tensor, output_tensor(tensor, DType::f32).data};
-}
-
 struct ForwardResults {
   Tensor y;
   Tensor h;

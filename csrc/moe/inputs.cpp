@@ -71,6 +71,11 @@ Tensor empty_if(bool wanted, std::initializer_list<int64_t> sizes, DType dtype, 
                 : empty(&none, 1, dtype, reference);
 }
 
+Scratch make_scratch(int64_t bytes, const TensorInfo& reference) {
+  Tensor tensor = empty_if(true, {(bytes + 3) / 4}, DType::f32, reference);
+  return {tensor, output_tensor(tensor, DType::f32).data};
+}
+
 Tensor empty_integers(std::initializer_list<int64_t> sizes, ScalarType dtype, const TensorInfo& reference) {
   const int64_t dim = static_cast<int64_t>(sizes.size());
   int64_t strides[4] = {1, 1, 1, 1};

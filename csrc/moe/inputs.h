@@ -20,6 +20,14 @@ VectorTensor flat_values(const TensorInfo& tensor, int64_t count, DType first, D
 // Empty [0] unless wanted.
 Tensor empty_if(bool wanted, std::initializer_list<int64_t> sizes, DType dtype, const TensorInfo& reference);
 
+struct Scratch {
+  Tensor tensor;
+  void* data;
+};
+
+// Memory for a kernel of so many bytes.
+Scratch make_scratch(int64_t bytes, const TensorInfo& reference);
+
 Tensor empty_integers(std::initializer_list<int64_t> sizes, ScalarType dtype, const TensorInfo& reference);
 
 // The arguments that the ops of experts have in common, in the order of their schemas.

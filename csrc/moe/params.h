@@ -43,6 +43,7 @@ struct RouterForwardParams {
   OutputTensor mean_probabilities;  // [E] wide
   OutputTensor logsumexp;           // [T] wide
   OutputTensor measures;            // [3, T] wide: entropy, margin, largest magnitude of a logit
+  void* scratch = nullptr;          // scratch_bytes(), aligned to 256 bytes
 };
 
 struct RouterBackwardParams {
@@ -135,6 +136,7 @@ void route(const RouterForwardParams& params, void* stream);
 void route_backward(const RouterBackwardParams& params, void* stream);
 void forward(const ExpertForwardParams& params, void* stream);
 void backward(const ExpertBackwardParams& params, void* stream);
+int64_t scratch_bytes(const RouterForwardParams& params);
 int64_t scratch_bytes(const ExpertForwardParams& params);
 int64_t scratch_bytes(const ExpertBackwardParams& params);
 

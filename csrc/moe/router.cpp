@@ -89,6 +89,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_router(
     params.logsumexp = output_tensor(logsumexp, wide);
     params.measures = output_tensor(measures, wide);
   }
+  Tensor scratch;
+  if (const int64_t bytes = scratch_bytes(params)) {
+    Scratch made = make_scratch(bytes, logits);
+    scratch = made.tensor;
+    params.scratch = made.data;
+  }
   if (in.tokens > 0 || stats) route(params, scope.stream());
   return {weights, indices, counts, mean, logsumexp, measures};
 }

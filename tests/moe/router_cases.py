@@ -71,6 +71,9 @@ CASES = [
     RouterCase(experts=37, k=10, options={"renormalize": True}),
     RouterCase(experts=1024, k=32, tokens=9),
     RouterCase(experts=8, k=8, options={"renormalize": True}),
+    RouterCase(experts=256, k=8, tokens=20, with_bias=True, options={**DEEPSEEK, "groups": (8, 4)}),
+    RouterCase(experts=300, k=9, tokens=20, with_bias=True, forced=True, masked=True),
+    RouterCase(experts=512, k=10, tokens=20, options={"renormalize": True}),  # Qwen3-Next
     RouterCase(tokens=0),
     RouterCase(tokens=1),
     RouterCase(tokens=5000, experts=24),

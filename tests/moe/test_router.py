@@ -83,6 +83,10 @@ def test_non_finite_logits(value, options, device):
     assert all(len(set(row)) == 4 for row in indices.tolist())
     expected, _ = reference.moe_router(logits, 4, **options, forced_indices=indices)
     assert torch.equal(weights.isnan(), expected.isnan())
+    if value != value:
+        stats, wanted = (ns.moe_router(logits, 4, stats=True, **options)[2] for ns in (inlay, reference))
+        for name in ("logsumexp", "entropy", "margin", "max_logit"):
+            assert torch.equal(getattr(stats, name).isnan(), getattr(wanted, name).isnan()), name
     others = [i for i in range(20) if i not in (3, 7)]
     assert weights[others].isfinite().all()
 
@@ -123,3 +127,45 @@ def test_a_bias_only_chooses(device):
     weights, indices = inlay.moe_router(logits, 2, scoring="sigmoid", bias=bias)
     assert (indices[:, 0] == 11).all()
     torch.testing.assert_close(weights, logits.sigmoid().gather(1, indices))
+
+
+def test_scores_that_are_all_zero(device):
+    """Sigmoids add up to nothing: so do probabilities and their entropy."""
+    logits = torch.full((3, 8), -200.0, device=device)
+    weights, _, stats = inlay.moe_router(logits, 2, scoring="sigmoid", renormalize=True, stats=True)
+    for name, tensor in {"weights": weights, "mean": stats.mean_probabilities, "entropy": stats.entropy}.items():
+        assert (tensor == 0).all(), name
+
+
+@pytest.mark.parametrize("options", [{}, DEEPSEEK], ids=str)
+def test_statistics_have_the_same_bits_in_every_run(options, device):
+    logits = torch.randn(5000, 96, device=device, requires_grad=True)
+    mask = torch.rand(5000, device=device) < 0.7
+    first = None
+    for _ in range(10):
+        weights, indices, stats = inlay.moe_router(logits, 6, mask=mask, stats=True, **options)
+        loss = weights.square().sum() + stats.mean_probabilities.square().sum() + stats.logsumexp.sum()
+        results = (weights, indices, *stats, torch.autograd.grad(loss, logits)[0])
+        first = results if first is None else first
+        for result, wanted in zip(results, first, strict=True):
+            assert torch.equal(result, wanted)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [{"renormalize": True}, {"softmax_after_topk": True}, DEEPSEEK], ids=str)
+def test_forced_indices_that_the_device_cannot_report(options):
+    """Those of no expert weigh nothing and are not counted, and other tokens know nothing of it. The CPU raises."""
+    logits = torch.randn(50, 16, device="cuda", requires_grad=True)
+    forced = torch.randint(16, (50, 4), device="cuda")
+    forced[::5, 1] = torch.tensor([16, -1, 2**40, -(2**40), 99] * 2, device="cuda")
+    outside = (forced < 0) | (forced >= 16)
+    weights, indices, stats = inlay.moe_router(logits, 4, forced_indices=forced, stats=True, **options)
+    (gradient,) = torch.autograd.grad(weights.square().sum(), logits)
+    assert torch.equal(indices, forced)
+    assert (weights[outside] == 0).all()
+    assert weights.isfinite().all()
+    assert gradient.isfinite().all()
+    assert stats.counts.sum() == (~outside).sum()
+    whole = ~outside.any(-1)
+    expected, _ = inlay.moe_router(logits[whole], 4, forced_indices=forced[whole], **options)
+    assert_same_bits(weights[whole], expected, "weights")

@@ -207,7 +207,7 @@ class Router {
     if (in_.scoring == Scoring::sigmoid) {
       total = kLeastSum<Scalar>;
       for (int64_t e = 0; e < n; ++e) total += scores_[e];
-      entropy = log_of(total);
+      entropy = log_of(total) * ((total - kLeastSum<Scalar>) / total);  // all scores zero: so are the probabilities
     }
     // -log of a score: the softplus of -logit, or lse - logit. A score of zero adds nothing, whatever its logarithm.
     Vec surprise = Vec::set(0);

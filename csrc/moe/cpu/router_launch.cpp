@@ -31,6 +31,9 @@ void check_forced(const RouterForwardParams& p) {
 
 }  // namespace
 
+// Threads have memory of their own.
+int64_t scratch_bytes(const RouterForwardParams&) { return 0; }
+
 void route(const RouterForwardParams& p, void*) {
   check_forced(p);
   const RouterInputs& in = p.inputs;
