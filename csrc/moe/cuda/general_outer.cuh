@@ -18,31 +18,51 @@ struct OuterProducts {
   __host__ __device__ int column_tiles() const { return (width + kTileColumns - 1) / kTileColumns; }
 };
 
-// A group of columns of a row matrix, by rows of an expert.
-template <typename T>
-struct ColumnGroup {
-  const T* data;  // of the expert's first row, or token 0
-  const int32_t* tokens;
-  int64_t stride;
-  int columns;
-  bool aligned;
-
-  __device__ __forceinline__ ColumnGroup(const RowMatrix& matrix, const PaddedRows& padded, const ExpertRows& own,
-                                         int first, int end)
-      : tokens(matrix.of_tokens ? padded.tokens + own.padded : nullptr),
-        stride(matrix.row_stride),
-        columns(end - first) {
-    data = static_cast<const T*>(matrix.data) + first + (tokens ? 0 : own.padded * stride);
-    aligned = is_aligned(data, stride * static_cast<int64_t>(sizeof(T)));
+// Of a row matrix, the columns that a block needs, by rows of an expert. A thread knows its rows of the next step
+// before it fetches them.
+template <typename T, int kGroups>
+class OuterOperand {
+ public:
+  __device__ __forceinline__ OuterOperand(const RowMatrix& matrix, const PaddedRows& padded, const ExpertRows& own,
+                                          int first, int end)
+      : data_(static_cast<const T*>(matrix.data) + first),
+        tokens_(matrix.of_tokens ? padded.tokens : nullptr),
+        stride_(matrix.row_stride),
+        columns_(end - first),
+        row_(own.padded + static_cast<int>(threadIdx.x) / 8),
+        end_(own.padded + own.count),
+        aligned_(is_aligned(data_, stride_ * static_cast<int64_t>(sizeof(T)))) {
+    find_rows();
   }
 
-  __device__ __forceinline__ void fetch(uint32_t to, int row, int end) const {
-    row += threadIdx.x / 8;
-    fetch_across(to, columns, data, aligned, [&](int i) -> const T* {
-      if (row + 16 * i >= end) return nullptr;
-      return data + int64_t{tokens ? tokens[row + 16 * i] : row + 16 * i} * stride;
-    });
+  __device__ __forceinline__ void fetch(uint32_t to) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      fetch_across<T>(
+          to + g * kGroupBytes, columns_ - g * kGroupColumns, aligned_,
+          [&](int i) { return data_ + max(rows_[i], 0) * stride_ + g * kGroupColumns; },
+          [&](int i) { return rows_[i] >= 0; });
+    }
+    row_ += kDepth<T>;
+    find_rows();
   }
+
+ private:
+  __device__ __forceinline__ void find_rows() {
+#pragma unroll
+    for (int i = 0; i < kDepth<T> / 16; ++i) {
+      const int row = row_ + 16 * i;
+      rows_[i] = row >= end_ ? -1 : tokens_ ? tokens_[row] : row;
+    }
+  }
+
+  const T* data_;
+  const int32_t* tokens_;
+  int64_t stride_;
+  int columns_;
+  int row_, end_;
+  int rows_[kDepth<T> / 16];
+  bool aligned_;
 };
 
 template <typename T>
@@ -53,16 +73,14 @@ __global__ __launch_bounds__(kTileThreads, 3) void outer_kernel(const __grid_con
   const int expert = static_cast<int>(blockIdx.x) / tiles, tile = static_cast<int>(blockIdx.x) % tiles;
   const int row = tile / columns * kTileRows, column = tile % columns * kTileColumns;
   const ExpertRows own(p.rows, p.padded, expert);
-  const ColumnGroup<T> left(p.left, p.padded, own, row, p.height);
-  const ColumnGroup<T> right[2] = {{p.right, p.padded, own, column, p.width},
-                                   {p.right, p.padded, own, column + kGroupColumns, p.width}};
+  OuterOperand<T, 1> left(p.left, p.padded, own, row, p.height);
+  OuterOperand<T, 2> right(p.right, p.padded, own, column, p.width);
   TileSums sums;
   sum_products(
       sums, (own.count + kDepth<T> - 1) / kDepth<T>,
-      [&](uint32_t stage, int step) {
-        left.fetch(stage, step * kDepth<T>, own.count);
-#pragma unroll
-        for (int g = 0; g < 2; ++g) right[g].fetch(stage + (1 + g) * kGroupBytes, step * kDepth<T>, own.count);
+      [&](uint32_t stage, int) {
+        left.fetch(stage);
+        right.fetch(stage + kGroupBytes);
       },
       [&](TileSums& to, uint32_t stage) { add_products<T, false, false>(to, stage); });
   T* const results = static_cast<T*>(p.results) + (int64_t{expert} * p.height + row) * p.width + column;

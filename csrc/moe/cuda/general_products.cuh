@@ -64,38 +64,45 @@ struct ProductTile {
 template <typename T>
 __device__ __forceinline__ void sum_tile(TileSums& sums, const Products& p, const ProductTile& tile) {
   const T* const left = static_cast<const T*>(p.left.data);
-  const T* from[kTileRows / 16];
+  const int own = threadIdx.x / 8;
+  const T* rows[kTileRows / 16];
+  unsigned missing = 0;
 #pragma unroll
   for (int i = 0; i < kTileRows / 16; ++i) {
-    int64_t row = tile.row + static_cast<int>(threadIdx.x) / 8 + 16 * i;
+    int row = tile.row + own + 16 * i;
     if (p.left.of_tokens) row = p.padded.tokens[row];
-    from[i] = row < 0 ? nullptr : left + row * p.left.row_stride;
+    missing |= row < 0 ? 1u << i : 0u;
+    rows[i] = left + max(row, 0) * p.left.row_stride;
   }
   const bool left_aligned = is_aligned(left, p.left.row_stride * static_cast<int64_t>(sizeof(T)));
   const int64_t stride = p.matrices.row_stride;
-  const T* const matrix = static_cast<const T*>(p.matrices.data) + tile.expert * p.matrices.expert_stride;
   const T* groups[2];
   bool aligned[2];
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
-    groups[g] = matrix + (p.depth_is_rows ? tile.group_column[g] : tile.group_column[g] * stride);
+    groups[g] = static_cast<const T*>(p.matrices.data) + tile.expert * p.matrices.expert_stride +
+                (p.depth_is_rows ? tile.group_column[g] : tile.group_column[g] * stride);
     aligned[g] = is_aligned(groups[g], stride * static_cast<int64_t>(sizeof(T)));
+    groups[g] += own * stride;
   }
   const auto fetch = [&](uint32_t stage, int step) {
     const int first = step * kDepth<T>, depth = p.depth - first;
-    const int own = threadIdx.x / 8;
-    fetch_deep(stage, depth, left, left_aligned, [&](int i) { return from[i] ? from[i] + first : nullptr; });
+    fetch_deep<T>(
+        stage, depth, left_aligned, [&](int i) { return rows[i] + first; },
+        [&](int i) { return (missing >> i & 1) == 0; });
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
       const uint32_t to = stage + (1 + g) * kGroupBytes;
       if (p.depth_is_rows) {
-        const T* const row = groups[g] + (first + own) * stride;
-        fetch_across(to, tile.group_columns[g], matrix, aligned[g],
-                     [&](int i) { return own + 16 * i < depth ? row + 16 * i * stride : nullptr; });
+        const T* const row = groups[g] + first * stride;
+        fetch_across<T>(
+            to, tile.group_columns[g], aligned[g], [&](int i) { return row + 16 * i * stride; },
+            [&](int i) { return own + 16 * i < depth; });
       } else {
-        const T* const row = groups[g] + own * stride + first;
-        fetch_deep(to, depth, matrix, aligned[g],
-                   [&](int i) { return own + 16 * i < tile.group_columns[g] ? row + 16 * i * stride : nullptr; });
+        const T* const row = groups[g] + first;
+        fetch_deep<T>(
+            to, depth, aligned[g], [&](int i) { return row + 16 * i * stride; },
+            [&](int i) { return own + 16 * i < tile.group_columns[g]; });
       }
     }
   };
@@ -126,8 +133,8 @@ __device__ __forceinline__ void store_two(T* to, float2 values, bool second, boo
   }
 }
 
-// A tile of sums as rows of results, of which `rows` exist and `columns` from the tile's first on; `zero_rows`: the
-// others are written as well, as zeros. A lane keeps to its columns.
+// A tile of sums as `end_row` rows of results from `to` on, `columns` of them or those of a tile. From `rows` on, rows
+// are zero. A lane keeps to its columns.
 template <typename T, typename Bias>
 __device__ __forceinline__ void store_results(const float* sums, T* to, int64_t stride, int rows, int end_row,
                                               int columns, const Bias& bias) {
@@ -146,8 +153,7 @@ __device__ __forceinline__ void store_results(const float* sums, T* to, int64_t 
   }
 }
 
-// Where a tile's activation number `feature` has its gate among the sums of a forward, and how far on what it gates;
-// `column`: the same among h's columns.
+// A pair's gate is at `step` times its activation's column, what it gates `to_up` further on, where halves are `apart`.
 struct PairPlaces {
   int step, to_up;
 
@@ -175,23 +181,24 @@ __device__ __forceinline__ void store_activations(const float* sums, const Produ
 #pragma unroll 2
     for (int row = warp; row < kTileRows; row += kTileWarps) {
       const float* const from = sums + row * kResultStride + feature * shared.step;
-      const T gate = from_float<T>(from[0] + gate_bias), up = from_float<T>(from[shared.to_up] + up_bias);
+      const float sums_of_pair[2] = {from[0] + gate_bias, from[shared.to_up] + up_bias};
+      const Packed<T, 2> pair = pack<T>(sums_of_pair);
       if (p.h && row < rows) {
         T* const to = h + row * width + feature * global.step;
-        to[0] = gate;
-        if (p.gating.gated) to[global.to_up] = up;
+        to[0] = pair.values[0];
+        if (p.gating.gated) to[global.to_up] = pair.values[1];
       }
       if (p.a) {
-        const float value = activate<T>(p.gating, to_float(gate), to_float(up));
+        const float value = activate<T>(p.gating, to_float(pair.values[0]), to_float(pair.values[1]));
         a[static_cast<int64_t>(row) * p.intermediate + feature] = from_float<T>(row < rows ? value : 0.0f);
       }
     }
   }
 }
 
-// A lane's gates and what they gate, of one row of a tile.
 constexpr int kLaneFeatures = kTileColumns / 32;
 
+// A lane's gates and what they gate, of one row of a tile.
 template <typename T>
 struct LanePairs {
   T gate[kLaneFeatures], up[kLaneFeatures];

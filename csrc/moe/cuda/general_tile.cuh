@@ -37,50 +37,60 @@ __device__ __forceinline__ bool is_aligned(const void* data, int64_t stride_byte
   return ((reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride_bytes)) & 15) == 0;
 }
 
-// 16 bytes of shared memory from the first of `values` values, whatever their number; the others become zero.
+// 16 bytes of shared memory from the first `values` values, wherever those lie; the others become zero.
 template <typename T>
-__device__ __forceinline__ void fetch_piece(uint32_t to, const T* from, int values, bool aligned) {
+__device__ __forceinline__ void copy_values(uint32_t to, const T* from, int values) {
+  Packed<T, 16 / sizeof(T)> piece{};
+#pragma unroll
+  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) {
+    if (j < values) piece.values[j] = from[j];
+  }
+  store_shared(to, *reinterpret_cast<const uint4*>(&piece));
+}
+
+// A group's 64 rows, of which `depth` values are left, or more: a piece of each by a thread. Its i-th row is sixteen
+// further on than the one before; it begins at from(i), and is zero unless exists(i).
+template <typename T, typename From, typename Exists>
+__device__ __forceinline__ void fetch_deep(uint32_t group, int depth, bool aligned, const From& from,
+                                           const Exists& exists) {
   constexpr int kPiece = 16 / sizeof(T);
-  values = max(min(values, kPiece), 0);
+  const int piece = threadIdx.x % 8, values = max(min(depth - piece * kPiece, kPiece), 0);
+  const uint32_t to = group + piece_offset(threadIdx.x / 8, piece);
   if (aligned) {
-    copy_async_partial(to, from, values * static_cast<int>(sizeof(T)));
-  } else {
-    Packed<T, kPiece> piece{};
+    const int bytes = values * static_cast<int>(sizeof(T));
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) {
-      if (j < values) piece.values[j] = from[j];
+    for (int i = 0; i < kTileRows / 16; ++i) {
+      copy_async_partial(to + i * kSixteenRows, from(i) + piece * kPiece, exists(i) ? bytes : 0);
     }
-    store_shared(to, *reinterpret_cast<const uint4*>(&piece));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kTileRows / 16; ++i) {
+      copy_values(to + i * kSixteenRows, from(i) + piece * kPiece, exists(i) ? values : 0);
+    }
   }
 }
 
-// A group's 64 rows, a piece of each by a thread. `from(i)` is where its i-th row begins, sixteen further on each, or
-// null for zeros.
-template <typename T, typename From>
-__device__ __forceinline__ void fetch_deep(uint32_t group, int depth, const T* any, bool aligned, const From& from) {
-  const int piece = threadIdx.x % 8, column = piece * (16 / static_cast<int>(sizeof(T)));
-  const uint32_t to = group + piece_offset(threadIdx.x / 8, piece);
+// The same for values that lie across the depth: 64 of each of `kDepth` rows, of which `columns` are left, or more.
+template <typename T, typename From, typename Exists>
+__device__ __forceinline__ void fetch_across(uint32_t group, int columns, bool aligned, const From& from,
+                                             const Exists& exists) {
+  constexpr int kPiece = 16 / sizeof(T);
+  const int piece = threadIdx.x % 8;
 #pragma unroll
-  for (int i = 0; i < kTileRows / 16; ++i) {
-    const T* const row = from(i);
-    fetch_piece(to + i * kSixteenRows, row ? row + column : any, row ? depth - column : 0, aligned);
-  }
-}
-
-// The same for values that lie across the depth: 64 of each of `kDepth` rows, of which `columns` exist.
-template <typename T, typename From>
-__device__ __forceinline__ void fetch_across(uint32_t group, int columns, const T* any, bool aligned,
-                                             const From& from) {
-  const int piece = threadIdx.x % 8, column = piece * (16 / static_cast<int>(sizeof(T)));
-  const uint32_t to = group + piece_offset(threadIdx.x / 8, piece);
+  for (int panel = 0; panel < kGroupColumns / kDepth<T>; ++panel) {
+    const int first = panel * kDepth<T> + piece * kPiece, values = max(min(columns - first, kPiece), 0);
+    const uint32_t to = group + panel * kDepth<T> * kRowBytes + piece_offset(threadIdx.x / 8, piece);
+    if (aligned) {
+      const int bytes = values * static_cast<int>(sizeof(T));
 #pragma unroll
-  for (int i = 0; i < kDepth<T> / 16; ++i) {
-    const T* const row = from(i);
+      for (int i = 0; i < kDepth<T> / 16; ++i) {
+        copy_async_partial(to + i * kSixteenRows, from(i) + first, exists(i) ? bytes : 0);
+      }
+    } else {
 #pragma unroll
-    for (int panel = 0; panel < kGroupColumns / kDepth<T>; ++panel) {
-      const int first = panel * kDepth<T> + column;
-      fetch_piece(to + panel * kDepth<T> * kRowBytes + i * kSixteenRows, row ? row + first : any,
-                  row ? columns - first : 0, aligned);
+      for (int i = 0; i < kDepth<T> / 16; ++i) {
+        copy_values(to + i * kSixteenRows, from(i) + first, exists(i) ? values : 0);
+      }
     }
   }
 }
