@@ -169,10 +169,14 @@ __device__ inline void copy_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
+// The same of the first `bytes`; zeros after them.
+__device__ inline void copy_async_partial(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 // The same, or zeros.
 __device__ inline void copy_async_or_zero(uint32_t shared, const void* global, bool wanted) {
-  const int bytes = wanted ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+  copy_async_partial(shared, global, wanted ? 16 : 0);
 }
 
 // The same for 8 bytes.
