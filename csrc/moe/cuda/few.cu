@@ -4,8 +4,8 @@
 namespace inlay::moe::cuda {
 namespace {
 
+// Of more than these, choices that are not random, as of tokens that follow each other, would cost too much.
 constexpr int64_t kMostFewPairs = 64;
-constexpr double kMostReuse = 1.3;
 constexpr int64_t kMostFeatures = 1 << 17;  // for grids' second dimension, and 32-bit places in a row
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -15,16 +15,17 @@ bool aligned(const ExpertMatrices& matrices) {
   return aligned(matrices.data) && matrices.expert_stride % elements == 0 && matrices.row_stride % elements == 0;
 }
 
-// Pairs cost what it takes to read a matrix from L2, distinct experts what it takes to read it from memory as well.
-// Of an H200's 4.2 TB/s from memory and about 5.5 TB/s from L2, pairs may be 1.3 times the experts, as many as tokens
-// have that choose at random, before they are what is waited for; and then a tile of rows, that reads each expert once,
-// is the better way.
+// Each pair reads its expert's matrices from L2, each expert is read once from memory. At an H200's 5.5 TB/s of the one
+// and 4.2 of the other, pairs may be 1.3 times the experts before they are what is waited for; then tiles of rows, which
+// read an expert once, are the better way. Experts: as many as tokens choose at random.
+constexpr double kMostPairsAnExpert = 1.3;
+
 bool shares_little(const ExpertInputs& in) {
+  const double chosen = static_cast<double>(in.slots) / static_cast<double>(in.experts);
   double unused = 1.0;
-  for (int64_t token = 0; token < in.tokens; ++token) {
-    unused *= 1.0 - static_cast<double>(in.slots) / static_cast<double>(in.experts);
-  }
-  return static_cast<double>(in.most_rows()) <= kMostReuse * (1.0 - unused) * static_cast<double>(in.experts);
+  for (int64_t token = 0; token < in.tokens; ++token) unused *= chosen < 1.0 ? 1.0 - chosen : 0.0;
+  const double used = (1.0 - unused) * static_cast<double>(in.experts);
+  return static_cast<double>(in.most_rows()) <= kMostPairsAnExpert * used;
 }
 
 int64_t activation_bytes(const ExpertInputs& in) {

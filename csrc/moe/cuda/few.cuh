@@ -208,9 +208,9 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kBlocks) few_up(con
   const int first_row = gated && interleaved ? 2 * first : first;
   const int to_neighbour = apart ? features : 1, to_next_pair = apart ? 1 : 2;
   const int64_t stride = in.gate_up_proj.row_stride;
-  RowProducts<T, kRows, Shape::kSteps> products({matrix_of<T>(in.gate_up_proj, expert) + first_row * stride,
-                                                 to_neighbour * stride, to_next_pair * stride},
-                                                hidden);
+  RowProducts<T, kRows, Shape::kSteps> products(
+      {matrix_of<T>(in.gate_up_proj, expert) + first_row * stride, to_neighbour * stride, to_next_pair * stride},
+      hidden);
   products.load();
   const int own = threadIdx.x % 32 / products.kGroup;
   const float bias = bias_of(in.gate_up_bias, expert, first_row + own % 2 * to_neighbour + own / 2 * to_next_pair);

@@ -23,7 +23,7 @@ inline constexpr int kSumThreads = 128;
 INLAY_HOST_DEVICE constexpr int64_t depth_of_part(int64_t depth) { return (depth + kDepthParts - 1) / kDepthParts; }
 
 template <typename T, typename Shape>
-inline constexpr int kBlockColumns = Shape::kLanes* kPerAccess<T>;
+inline constexpr int kBlockColumns = Shape::kLanes * kPerAccess<T>;
 
 template <typename T, typename Shape>
 struct ColumnShared {
@@ -111,10 +111,10 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kBlocks)
     return feature < features ? column / block_features * features + feature : -1;
   };
   const int64_t token = pair / static_cast<int>(in.slots);
-  const float sum = column_sum<T, Shape>(
-      shared, matrix_of<T>(in.gate_up_proj, expert), in.gate_up_proj.row_stride,
-      matrix_column(static_cast<int>(threadIdx.x) % Shape::kLanes * kWidth),
-      static_cast<const T*>(in.x.data) + token * in.x.layout.outer_stride, 0, static_cast<int>(in.hidden), [] {});
+  const float sum = column_sum<T, Shape>(shared, matrix_of<T>(in.gate_up_proj, expert), in.gate_up_proj.row_stride,
+                                         matrix_column(static_cast<int>(threadIdx.x) % Shape::kLanes * kWidth),
+                                         static_cast<const T*>(in.x.data) + token * in.x.layout.outer_stride, 0,
+                                         static_cast<int>(in.hidden), [] {});
   if (threadIdx.x < kColumns) {
     const int column = matrix_column(threadIdx.x);
     shared.h[threadIdx.x] = column < 0 ? 0.0f : rounded<T>(sum + bias_of(in.gate_up_bias, expert, column));
@@ -142,13 +142,13 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kBlocks)
   if (!has_expert(in, expert)) return;
   const int column = first + static_cast<int>(threadIdx.x) % Shape::kLanes * kPerAccess<T>;
   const int begin = part * part_depth;
-  const float sum = column_sum<T, Shape>(
-      shared, matrix_of<T>(in.down_proj, expert), in.down_proj.row_stride, column < hidden ? column : -1,
-      static_cast<const T*>(p.activations) + static_cast<int64_t>(pair) * depth, begin,
-      begin + part_depth < depth ? begin + part_depth : depth, [] {
-        wait_for_predecessor();
-        release_successor();
-      });
+  const float sum = column_sum<T, Shape>(shared, matrix_of<T>(in.down_proj, expert), in.down_proj.row_stride,
+                                         column < hidden ? column : -1,
+                                         static_cast<const T*>(p.activations) + static_cast<int64_t>(pair) * depth,
+                                         begin, begin + part_depth < depth ? begin + part_depth : depth, [] {
+                                           wait_for_predecessor();
+                                           release_successor();
+                                         });
   const int own = first + static_cast<int>(threadIdx.x);
   if (threadIdx.x >= kColumns || own >= hidden) return;
   p.parts[(static_cast<int64_t>(part) * gridDim.x + pair) * hidden + own] =
