@@ -16,8 +16,8 @@ bool aligned(const ExpertMatrices& matrices) {
 }
 
 // Each pair reads its expert's matrices from L2, each expert is read once from memory. At an H200's 5.5 TB/s of the one
-// and 4.2 of the other, pairs may be 1.3 times the experts before they are what is waited for; then tiles of rows, which
-// read an expert once, are the better way. Experts: as many as tokens choose at random.
+// and 4.2 of the other, pairs may be 1.3 times the experts before they are what is waited for; then tiles of rows,
+// which read an expert once, are the better way. Experts: as many as tokens choose at random.
 constexpr double kMostPairsAnExpert = 1.3;
 
 bool shares_little(const ExpertInputs& in) {

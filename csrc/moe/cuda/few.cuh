@@ -60,13 +60,21 @@ __device__ inline float weight_of(const ExpertInputs& in, int64_t pair) {
   return in.weights.data ? load_value(in.weights.data, in.weights.dtype, pair) : 1.0f;
 }
 
-// What is added to the sum of a token's experts.
+// What is added to the sum of a token's experts: value times gate.
+struct Shared {
+  float value = 0.0f;
+  float gate = 1.0f;
+};
+
 template <typename T>
-__device__ inline float shared_of(const ExpertInputs& in, int64_t token, int64_t feature) {
-  if (!in.shared.data) return 0.0f;
-  const float value = to_float(static_cast<const T*>(in.shared.data)[token * in.shared.layout.outer_stride + feature]);
-  if (!in.shared_gate.data) return value;
-  return sigmoid<T>(load_value(in.shared_gate.data, in.shared_gate.dtype, token)) * value;
+__device__ inline Shared shared_of(const ExpertInputs& in, int64_t token, int64_t feature) {
+  Shared shared;
+  if (!in.shared.data) return shared;
+  shared.value = to_float(static_cast<const T*>(in.shared.data)[token * in.shared.layout.outer_stride + feature]);
+  if (in.shared_gate.data) {
+    shared.gate = sigmoid<float>(load_value(in.shared_gate.data, in.shared_gate.dtype, token));
+  }
+  return shared;
 }
 
 template <typename T>
@@ -234,7 +242,8 @@ INLAY_HOST_DEVICE constexpr int down_groups(int slots) {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kMostFewSlots * 32, 1) few_down(const __grid_constant__ FewParams p) {
   constexpr int kRows = Shape::kRows;
-  __shared__ float summands[kMostFewSlots * kRows];  // [slots][groups][kRows]
+  __shared__ float results[kMostFewSlots * kRows];  // [slots][groups][kRows]
+  __shared__ float weights[kMostFewSlots];          // zero: no expert
   const ExpertInputs& in = p.inputs;
   const int token = blockIdx.x, hidden = static_cast<int>(in.hidden), depth = static_cast<int>(in.intermediate);
   const int slots = static_cast<int>(in.slots), groups = down_groups<Shape>(slots);
@@ -244,31 +253,30 @@ __global__ void __launch_bounds__(kMostFewSlots * 32, 1) few_down(const __grid_c
 
   const int64_t expert = p.indices[pair];
   const bool active = has_expert(in, expert) && first < hidden;
-  const int width = active ? depth : 0;  // nothing is read, and all summands are zero
+  const int width = active ? depth : 0;  // nothing is read, and results are zero
   const int64_t stride = in.down_proj.row_stride;
   RowProducts<T, kRows, Shape::kSteps> products(
       {matrix_of<T>(in.down_proj, expert) + first * stride, stride, 2 * stride}, width);
   products.load();
   const int own = threadIdx.x % 32 / products.kGroup;
-  float bias = 0.0f, weight = 0.0f, sum = 0.0f;
-  if (active) {
-    bias = bias_of(in.down_bias, expert, first + own);
-    weight = weight_of(in, pair);
-  }
+  float bias = 0.0f;
+  if (active) bias = bias_of(in.down_bias, expert, first + own);
+  if (warp % groups == 0 && threadIdx.x % 32 == 0) weights[slot] = active ? weight_of(in, pair) : 0.0f;
   const bool writes = threadIdx.x < groups * kRows && block_first + static_cast<int>(threadIdx.x) < hidden;
-  if (writes) sum = shared_of<T>(in, token, block_first + threadIdx.x);
+  Shared shared;
+  if (writes) shared = shared_of<T>(in, token, block_first + threadIdx.x);
 
   wait_for_predecessor();
   release_successor();
   products.multiply(static_cast<const T*>(p.activations) + pair * depth, width);
-  const float summand = weight * rounded<T>(products.sum() + bias);
-  if (threadIdx.x % products.kGroup == 0) summands[warp * kRows + own] = summand;
+  const float result = rounded<T>(products.sum() + bias);
+  if (threadIdx.x % products.kGroup == 0) results[warp * kRows + own] = result;
   __syncthreads();
   if (!writes) return;
-  float total = 0.0f;
-  for (int s = 0; s < slots; ++s) total += summands[s * groups * kRows + threadIdx.x];
+  float sum = 0.0f;
+  for (int s = 0; s < slots; ++s) sum = fmaf(weights[s], results[s * groups * kRows + threadIdx.x], sum);
   static_cast<T*>(p.y.data)[static_cast<int64_t>(token) * hidden + block_first + threadIdx.x] =
-      from_float<T>(total + sum);
+      from_float<T>(fmaf(shared.gate, shared.value, sum));
 }
 
 }  // namespace inlay::moe::cuda

@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kSumThreads) few_sum(const __grid_constant__ F
     used[threadIdx.x] = has_expert(in, p.indices[token * slots + threadIdx.x]);
     weights[threadIdx.x] = weight_of(in, token * slots + threadIdx.x);
   }
-  const float shared = feature < hidden ? shared_of<T>(in, token, feature) : 0.0f;
+  Shared shared;
+  if (feature < hidden) shared = shared_of<T>(in, token, feature);
   __syncthreads();
   wait_for_predecessor();
   release_successor();
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kSumThreads) few_sum(const __grid_constant__ F
       total = fmaf(weights[first + i], rounded<T>(sum), total);
     }
   }
-  static_cast<T*>(p.y.data)[token * hidden + feature] = from_float<T>(total + shared);
+  static_cast<T*>(p.y.data)[token * hidden + feature] = from_float<T>(fmaf(shared.gate, shared.value, total));
 }
 
 }  // namespace inlay::moe::cuda
