@@ -75,9 +75,10 @@ bool fits_few(const ExpertForwardParams& params) {
   if (params.sorted || params.keeps_rows || params.h.data) return false;
   if (in.most_rows() < 1 || in.most_rows() > kMostFewPairs || in.slots > kMostFewSlots || in.experts < 1) return false;
   const int64_t elements = 16 / size_of(in.x.dtype);
-  return in.hidden % elements == 0 && in.intermediate % elements == 0 && in.hidden <= kMostFeatures &&
-         in.intermediate <= kMostFeatures && aligned(in.x.data) && in.x.layout.outer_stride % elements == 0 &&
-         aligned(in.gate_up_proj) && aligned(in.down_proj) && in.shared.layout.evenly_spaced() && shares_little(in);
+  if (in.hidden % elements != 0 || in.intermediate % elements != 0) return false;
+  if (in.hidden > kMostFeatures || in.intermediate > kMostFeatures) return false;
+  if (!aligned(in.x.data) || (in.tokens > 1 && in.x.layout.outer_stride % elements != 0)) return false;
+  return aligned(in.gate_up_proj) && aligned(in.down_proj) && in.shared.layout.evenly_spaced() && shares_little(in);
 }
 
 int64_t few_scratch_bytes(const ExpertForwardParams& params) {

@@ -8,7 +8,7 @@
 //
 // Only the first kernel waits at once for what came before it, and it lets its successor start after that. So whatever
 // the op was given may be read by the second before it waits: when the last activation is written, it has the first of
-// its weights in registers, at T = 1 of most models all of them.
+// its weights in registers, at T = 1 of Qwen3.5 all of them.
 #pragma once
 
 #include "common/cuda/launch.cuh"
@@ -32,14 +32,14 @@ struct FewParams {
 // at all times; the rest is for the times when warps compute or blocks begin and end.
 struct UpShape {
   static constexpr int kRows = 2;    // a gate and what it gates
-  static constexpr int kSteps = 4;   // 2048 values of 16 bits each: half of Qwen3.5's 2048, twice
+  static constexpr int kSteps = 4;   // 1024 values of 16 bits: half a row of Qwen3.5's
   static constexpr int kWarps = 8;   // of a block
   static constexpr int kBlocks = 4;  // of a multiprocessor: T = 1 of Qwen3.5, 512 blocks, is one wave
 };
 struct DownShape {
   static constexpr int kRows = 4;
-  static constexpr int kSteps = 2;  // 512 values of 16 bits, all there is of Qwen3.5's
-  static constexpr int kWarps = 8;  // of a block: at least so many, a multiple of slots
+  static constexpr int kSteps = 2;  // 512 values of 16 bits: a row of Qwen3.5's
+  static constexpr int kWarps = 8;  // of a block: the multiple of slots below, else one for each slot
 };
 
 inline constexpr int kMostFewSlots = 32;  // each has a warp of its block
