@@ -6,10 +6,6 @@ import torch
 
 import inlay  # noqa: F401  (loads the libraries)
 
-# Families whose CUDA kernels are still to come: on CUDA their public functions are the reference.
-CPU_ONLY_FAMILIES = {"moe"}
-
-
 def registered() -> list[str]:
     """Names without the namespace, sorted."""
     names = torch._C._dispatch_get_all_op_names()
