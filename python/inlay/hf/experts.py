@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from inlay.hf.attention import Counters
 from inlay.hf.binding import Plan, binding_of
 from inlay.hf.norms import device_reason, is_plain, transform_reason
+from inlay.hf.stand_in import uninitialised
 from inlay.ops import _checks as checks
 from inlay.ops import _moe_kernels as kernels
 from inlay.ops._moe_checks import ACTIVATIONS
@@ -220,7 +221,7 @@ def gate_of(cls: type, act_fn: type | None, gated: bool, numbers: tuple) -> Gate
 
 
 def _by_experiment(cls: Any, act_fn: Any, gated: bool, numbers: dict[str, Any]) -> Gate | None:
-    twin = cls.__new__(cls)
+    twin = uninitialised(cls)
     nn.Module.__init__(twin)
     twin.__dict__.update({name: value for name, value in numbers.items() if value is not None})
     limits = [numbers[name] for name in ("limit", "swiglu_limit") if isinstance(numbers[name], (int, float))]
