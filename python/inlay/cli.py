@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         "without Inlay, and compares losses, tokens, speed and memory. Nothing is downloaded. Exit status 1 if the "
         "numbers disagree.",
     )
-    demo.add_argument("--model", metavar="ID_OR_PATH", help="generate with this checkpoint, and train nothing")
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="ID_OR_PATH", help="generate with this checkpoint, and train nothing")
+    which.add_argument("--moe", action="store_true", help="a mixture of experts: Qwen3.5-MoE instead of Qwen3.5")
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     demo.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU"

@@ -199,6 +199,17 @@ def test_half_of_the_experts_on_each_rank() -> None:
     torch.testing.assert_close(total, whole)
 
 
+def test_a_module_that_has_not_been_told_that_it_has_some_experts_only() -> None:
+    """Indices are those of all experts then: nothing is computed with the wrong ones."""
+    module, x, indices, weights = _experts()
+    assert experts.why_not(module, x, indices, weights) is None
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(module, name, nn.Parameter(getattr(module, name)[:2]))
+    assert experts.why_not(module, x, indices, weights) == "its projections are of 2 experts, not 4"
+    module.num_experts = 2
+    assert experts.why_not(module, x, indices, weights) is None
+
+
 def test_other_activations_are_recognised() -> None:
     for name, activation in {
         "silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2",

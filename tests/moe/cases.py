@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import inlay
 from inlay import reference
+from inlay.ops import _moe_kernels
 from tests.support.compare import assert_same_non_finite, assert_within_budget
 
 Tensors = dict[str, Tensor]
@@ -123,6 +125,12 @@ SHAPES = [
     Case(tokens=5, slots=0),
 ]
 TOKENS = [1, 2, 3, 4, 5, 7, 8, 9, 17, 64, 65, 130, 1100]
+
+
+def needs_kernels(device: str) -> None:
+    """For what eager code does not promise."""
+    if not _moe_kernels.has_kernel(torch.empty(0, device=device)):
+        pytest.skip(f"the ops are eager code on {device}")
 
 
 def check_values(case: Case, tensors: Tensors) -> None:

@@ -55,6 +55,8 @@ BAD_EXPERTS = [
     ("shared", torch.ones(4, 9), ValueError, "shared must have shape [4, 8] (x's shape), got [4, 9]"),
     ("shared", torch.ones(4, 8).half(), ValueError, "shared must be float32, got torch.float16"),
     ("shared_gate", torch.ones(4), ValueError, "shared must be given with shared_gate, got None"),
+    ("num_experts", 6, ValueError, "num_experts must be 3, the number of experts in gate_up_proj, got 6"),
+    ("num_experts", 3.0, TypeError, "num_experts must be an int or None, got float"),
 ]  # fmt: skip
 
 
@@ -70,6 +72,16 @@ def test_experts(name, value, error, message, grad):
     arguments[name] = value
     with pytest.raises(error, match=f"^moe_experts: .*{re.escape(message)}"):
         inlay.moe_experts(**arguments)
+
+
+def test_the_right_number_of_experts_changes_nothing():
+    arguments = _arguments()
+    arguments["indices"][0, 0] = 3  # no expert
+    for module in (inlay, inlay.reference):
+        expected = module.moe_experts(**arguments)
+        assert torch.equal(module.moe_experts(**arguments, num_experts=3), expected)
+    with pytest.raises(ValueError, match="num_experts must be 3, got 2"):
+        inlay.reference.moe_experts(**arguments, num_experts=2)
 
 
 def test_experts_options_that_contradict_each_other():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 
 import inlay
-from tests.moe.cases import LEAVES, MODELS, Case, gradients
+from tests.moe.cases import LEAVES, MODELS, Case, gradients, needs_kernels
 from tests.support.compare import assert_same_bits
+from tests.support.registration import check_exported, check_fake_form, check_functional_grad, check_op, needs_compiler
 
 BF16, F32 = torch.bfloat16, torch.float32
 SOFTMAX, SIGMOID, CHOSEN = range(3)
@@ -93,17 +93,9 @@ OPCHECK_CASES = {
 
 
 @pytest.mark.parametrize("op", OPCHECK_CASES)
-def test_opcheck(op):
-    """Schema against behaviour, autograd registration, fake against real, and tracing with dynamic shapes."""
-    for arguments in OPCHECK_CASES[op]("cpu"):
-        torch.library.opcheck(getattr(torch.ops.inlay, op).default, arguments)
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def test_opcheck(op, device):
+    needs_kernels(device)
+    check_op(op, OPCHECK_CASES[op](device))
 
 
 def block(x, router, gate_up_proj, down_proj):
@@ -136,9 +128,8 @@ def test_a_block_compiles_in_one_graph_and_once_for_all_sizes(device):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@needs_compiler
 def test_compiles_with_inductor(device):
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler")
     t = Case().inputs(BF16, device)
     leaves = [t["x"], torch.randn(40, 6, device=device).bfloat16(), t["gate_up_proj"], t["down_proj"]]
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -155,24 +146,15 @@ class Layer(torch.nn.Module):
 
 
 def test_export(device):
-    example = tuple(Case(tokens=30).inputs(BF16, device).values())
+    needs_kernels(device)
+    example, other = (tuple(Case(tokens=tokens).inputs(BF16, device).values()) for tokens in (30, 50))
     tokens = torch.export.Dim("tokens", min=2)
-    with torch.no_grad():
-        shapes = ({0: tokens},) * 3 + (None, None)
-        program = torch.export.export(Layer(), example, dynamic_shapes=shapes)
-        if device == "cpu":
-            assert any("inlay.moe_experts" in str(node.target) for node in program.graph.nodes)
-            inputs = tuple(Case(tokens=50).inputs(BF16, device).values())
-            assert_same_bits(program.module()(*inputs), Layer()(*inputs), "exported")
+    check_exported(Layer(), "moe_experts", example, other, ({0: tokens},) * 3 + (None, None))
 
 
 @pytest.mark.parametrize("case", [Case(biases=True, shared=True), MODELS[2]], ids=str)
 def test_fake_tensors_have_the_real_form(case):
-    tensors = case.inputs(BF16)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = case.run(inlay, {name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
-    real = case.run(inlay, tensors)
-    assert (fake.shape, fake.dtype, fake.stride(), fake.device) == (real.shape, real.dtype, real.stride(), real.device)
+    check_fake_form(lambda given: (case.run(inlay, given),), case.inputs(BF16))
 
 
 def test_meta_tensors():
@@ -185,12 +167,7 @@ def test_meta_tensors():
 def test_functional_grad():
     tensors = Case().inputs(F32)
 
-    def loss(x):
-        return Case().run(inlay, {**tensors, "x": x}).sin().sum()
-
-    leaf = tensors["x"].clone().requires_grad_()
-    loss(leaf).backward()
-    assert_same_bits(torch.func.grad(loss)(tensors["x"]), leaf.grad, "dx")
+    check_functional_grad(lambda x: Case().run(inlay, {**tensors, "x": x}).sin().sum(), tensors["x"])
 
 
 def test_autocast_changes_nothing():

@@ -1,4 +1,4 @@
-"""``inlay demo``: a whole run, a checkpoint, a patch that computes something else, and the measuring tools."""
+"""``inlay demo``: dense, of experts, from a checkpoint; a patch that computes something else; the measuring tools."""
 
 from __future__ import annotations
 
@@ -65,6 +65,32 @@ def test_trains_and_generates(demo: Any, device: str) -> None:
     assert all(seconds > 0 for side in layer.values() for seconds in side.values())
     for part in ("tokens/s", "peak memory", "prefill", "decode", "gdn_layer", "The numbers agree."):
         assert part in text
+
+
+def test_a_mixture_of_experts(demo: Any) -> None:
+    status, results, text = demo("--device", "cpu", "--moe")
+    assert status == 0, text
+    assert [check["passed"] for check in results["checks"]] == [True] * 4
+    generation = results["generation"]
+    assert generation["patched"]["tokens"] == generation["unpatched"]["tokens"]
+    ops = {entry["op"]: entry for entry in results["training"]["report"]["entries"] if entry["op"]}
+    assert {"moe_router", "moe_block", "gdn_layer", "attention_layer"} <= set(ops)
+    assert not any(entry["fallbacks"] for entry in ops.values())
+    assert ops["moe_block"]["calls"] == ops["moe_router"]["calls"] > 0
+    for op in ("gdn_layer", "moe_block"):
+        assert all(seconds > 0 for side in results[op].values() for seconds in side.values())
+    for part in (
+        "Qwen3_5MoeForCausalLM",
+        "8 in each layer, 2 of them a token and a shared one",
+        "One mixture of experts",
+    ):
+        assert part in text
+
+
+def test_a_checkpoint_or_a_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--moe", "--model", "some/model"])
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_every_weight_is_nudged_by_one_unit() -> None:

@@ -54,13 +54,14 @@ __device__ void exclude_groups(const RouterForwardParams& p, uint32_t* keys, flo
 template <int kValues>
 class Warp {
  public:
-  // Rows of kRowSize in shared memory, this warp's own but for `counts`.
+  // Rows of kRowSize in shared memory, this warp's own but for the last two.
   struct Memory {
     float* shared;
     uint32_t* keys;
     float* group_sums;
     float* sums;
     int32_t* counts;
+    const float* bias;
   };
 
   __device__ Warp(const Params& params, const Memory& memory)
@@ -68,7 +69,7 @@ class Warp {
 
   __device__ void route(int64_t token) {
     const bool has_statistics = p_.counts != nullptr;
-    token_.load(in_, params_.wide, token);
+    token_.load(in_, params_.wide, token, memory_.shared);
     if (in_.scoring != Scoring::softmax_of_chosen || has_statistics) token_.score(in_.scoring, has_statistics);
     token_.share(in_.scoring, memory_.shared);
     uint32_t least = 0;
@@ -95,7 +96,7 @@ class Warp {
       keys_[i] = 0;
       if (i >= token_.count) continue;
       float value = in_.scoring == Scoring::softmax_of_chosen ? token_.logits[i] : token_.scores[i];
-      if (p_.bias.data) value += load_number(p_.bias, token_.first + i);
+      if (p_.bias.data) value += memory_.bias[token_.first + i];
       keys_[i] = key_of(value);
     }
   }
@@ -196,9 +197,9 @@ class Warp {
   uint32_t keys_[kValues];
 };
 
-// For each warp the rows of its Memory, then the counts.
+// For each warp the rows of its Memory, then the counts and the bias.
 template <int kValues>
-constexpr int kSharedBytes = (4 * kRouterWarps<kValues> + 1) * kRowSize<kValues> * static_cast<int>(sizeof(float));
+constexpr int kSharedBytes = (4 * kRouterWarps<kValues> + 2) * kRowSize<kValues> * static_cast<int>(sizeof(float));
 
 template <int kValues>
 __global__ void __launch_bounds__(32 * kRouterWarps<kValues>) router_kernel(const __grid_constant__ Params params) {
@@ -217,10 +218,17 @@ __global__ void __launch_bounds__(32 * kRouterWarps<kValues>) router_kernel(cons
   }
   wait_for_predecessor();
   release_successor();
+  const VectorTensor& bias = params.router.bias;
+  float* const shared_bias = shared_rows + (kWarps * 4 + 1) * kSize;
+  if (bias.data) {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < in.experts; e += 32 * kWarps) shared_bias[e] = load_number(bias, e);
+    __syncthreads();
+  }
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
   int32_t counted = 0;
-  Warp<kValues> router(params,
-                       {own, reinterpret_cast<uint32_t*>(own + kSize), own + 2 * kSize, own + 3 * kSize, counts});
+  Warp<kValues> router(
+      params, {own, reinterpret_cast<uint32_t*>(own + kSize), own + 2 * kSize, own + 3 * kSize, counts, shared_bias});
   for (int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + warp; token < in.tokens; token += step) {
     router.route(token);
     if (has_statistics && (!in.mask || in.mask[token])) ++counted;

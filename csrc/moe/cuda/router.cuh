@@ -70,22 +70,29 @@ struct TokenScores {
     count = left < 0 ? 0 : left < kValues ? left : kValues;
   }
 
-  // `wide`: rows allow accesses of 16 bytes, and every lane has all of its experts or none.
-  __device__ void load(const RouterInputs& in, bool wide, int64_t token) {
-    const int64_t row = in.logits.layout.offset(token) + first;
+  // `wide`: rows allow accesses of 16 bytes, and every lane has all of its experts or none. Else through `row` in
+  // shared memory, of which nobody reads any more.
+  __device__ void load(const RouterInputs& in, bool wide, int64_t token, float* row) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) logits[i] = value_of(0);
+    const int64_t start = in.logits.layout.offset(token);
     if (wide) {
-      if (count > 0) load_as_float(in.logits.data, in.logits.dtype, row, logits);
+      if (count > 0) load_as_float(in.logits.data, in.logits.dtype, start + first, logits);
       return;
     }
+    __syncwarp();
+#pragma unroll 1
+    for (int e = threadIdx.x % 32; e < in.experts; e += 32) {
+      float value[1];
+      load_as_float(in.logits.data, in.logits.dtype, start + e, value);
+      row[e] = value[0];
+    }
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      float value[1];
-      if (i >= count) continue;
-      load_as_float(in.logits.data, in.logits.dtype, row + i, value);
-      logits[i] = value[0];
+      if (i < count) logits[i] = row[first + i];
     }
+    __syncwarp();
   }
 
   // Sigmoids alone do without logsumexp.

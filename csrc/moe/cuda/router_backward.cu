@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(32 * kRouterWarps<kValues>)
   TokenScores<kValues> own(in);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
   for (int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + warp; token < in.tokens; token += step) {
-    own.load(in, params.wide, token);
+    own.load(in, params.wide, token, row);
     own.score(in.scoring, p.dlogsumexp.data != nullptr);
     float of_slots[kValues] = {};
     if (p.dweights.data) {
@@ -122,15 +122,17 @@ __global__ void __launch_bounds__(32 * kRouterWarps<kValues>)
         gradient[i] = (of_chosen ? of_slots[i] : 0.0f) + score * ((gradient[i] - mean) + dlogsumexp);
       }
     }
-    const int64_t first = token * in.experts + own.first;
+    const int64_t start = token * in.experts;
     if (params.wide_gradient) {
-      if (own.count > 0) store_from_float(p.dlogits.data, p.dlogits.dtype, first, gradient);
+      if (own.count > 0) store_from_float(p.dlogits.data, p.dlogits.dtype, start + own.first, gradient);
       continue;
     }
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      if (i < own.count) store_number(p.dlogits, first + i, gradient[i]);
-    }
+    for (int i = 0; i < kValues; ++i) row[own.first + i] = gradient[i];
+    __syncwarp();
+#pragma unroll 1
+    for (int e = lane; e < in.experts; e += 32) store_number(p.dlogits, start + e, row[e]);
+    __syncwarp();
   }
 }
 

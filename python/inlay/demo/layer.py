@@ -1,4 +1,4 @@
-"""Times one Gated DeltaNet layer of the model by itself, unpatched and patched: what the whole model's times hide."""
+"""Times one layer of a kind by itself, unpatched and patched: what the whole model's times hide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from inlay.demo.measure import now
 from inlay.demo.options import Options
 
 _REPEATS = 5
-_OP = "gdn_layer"
+KINDS = {"gdn_layer": "One Gated DeltaNet layer", "moe_block": "One mixture of experts"}
+"""By the op that replaces the whole layer, what it is called."""
 
 
 @dataclass
@@ -27,14 +28,15 @@ class LayerTimes:
     patched: dict[str, float]
 
 
-def time_gdn_layer(model: Any, options: Options) -> LayerTimes | None:
-    """Forward and backward, prefill and a decoding step of the first such layer; None if the demo patches none."""
-    if options.ops is not None and _OP not in options.ops:
-        return None
-    layer = _first(model)
-    if layer is None:
-        return None
-    work = _work(model, layer, options)
+def time_layers(model: Any, options: Options) -> dict[str, LayerTimes]:
+    """Forward and backward, prefill and a decoding step of the first layer of each kind that the demo patches."""
+    chosen = [op for op in KINDS if options.ops is None or op in options.ops]
+    layers = {op: _first(model, op) for op in chosen}
+    return {op: _time(model, op, layer, options) for op, layer in layers.items() if layer is not None}
+
+
+def _time(model: Any, op: str, layer: nn.Module, options: Options) -> LayerTimes:
+    work = _work(model, op, layer, options)
     times: dict[bool, dict[str, list[float]]] = {side: {name: [] for name in work} for side in (False, True)}
     for repeat in range(1 + _REPEATS):
         for patched in (False, True):
@@ -47,22 +49,22 @@ def time_gdn_layer(model: Any, options: Options) -> LayerTimes | None:
     return LayerTimes(*({name: median(values) for name, values in times[side].items()} for side in (False, True)))
 
 
-def _first(model: Any) -> nn.Module | None:
-    with inlay.patched(model, ops=[_OP]) as report:
-        paths = [entry.path for entry in report.patched if entry.op == _OP]
+def _first(model: Any, op: str) -> nn.Module | None:
+    with inlay.patched(model, ops=[op]) as report:
+        paths = [entry.path for entry in report.patched if entry.op == op]
     return model.get_submodule(paths[0]) if paths else None
 
 
-def _work(model: Any, layer: Any, options: Options) -> dict[str, Callable[[], None]]:
+def _work(model: Any, op: str, layer: Any, options: Options) -> dict[str, Callable[[], None]]:
     from transformers import DynamicCache
 
     def tokens(batch: int, length: int) -> torch.Tensor:
         return torch.randn(batch, length, model.config.get_text_config().hidden_size).to(options.device, options.dtype)
 
-    cache = DynamicCache(config=model.config)
+    state = {"cache_params": DynamicCache(config=model.config)} if op == "gdn_layer" else {}
     batch, token, prompt = tokens(options.batch_size, options.sequence_length), tokens(1, 1), tokens(1, 256)
     with torch.no_grad():
-        layer(prompt, cache_params=cache)
+        layer(prompt, **state)
 
     def train() -> None:
         torch.autograd.grad(layer(batch).square().sum(), list(layer.parameters()))
@@ -73,7 +75,7 @@ def _work(model: Any, layer: Any, options: Options) -> dict[str, Callable[[], No
 
     def decode() -> None:
         with torch.no_grad():
-            layer(token, cache_params=cache)
+            layer(token, **state)
 
     return {
         f"forward and backward, {options.batch_size} x {options.sequence_length}": train,

@@ -1,4 +1,4 @@
-"""The demo's models: a Qwen3.5 hybrid with new weights, or a checkpoint, and a copy with nudged weights."""
+"""The demo's models: a Qwen3.5 hybrid with new weights, dense or of experts, or a checkpoint; and a nudged copy."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from inlay.demo.options import Options
 
 
 def new_model(options: Options) -> Any:
-    """A ``Qwen3_5ForCausalLM`` with random weights: after every three Gated DeltaNet layers one with full attention."""
+    """A Qwen3.5 with random weights: after every three Gated DeltaNet layers one with full attention."""
+    family = "Qwen3_5Moe" if options.moe else "Qwen3_5"
     try:
-        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-    except ImportError as error:
+        import transformers
+
+        model_cls = getattr(transformers, f"{family}ForCausalLM")
+        config_cls = getattr(transformers, f"{family}TextConfig")
+    except (ImportError, AttributeError) as error:
         raise CommandError(
             f"this transformers has no Qwen3.5: {first_line(error)}", "pip install 'inlay[demo]'"
         ) from error
-    config = Qwen3_5TextConfig(
+    config = config_cls(
         **options.size.shape,
         vocab_size=ByteTokenizer.vocab_size,
         eos_token_id=ByteTokenizer.eos_token_id,
@@ -29,7 +33,16 @@ def new_model(options: Options) -> Any:
     )
     torch.manual_seed(options.seed)
     with torch.device(options.device):
-        return Qwen3_5ForCausalLM._from_config(config)
+        model = model_cls._from_config(config)
+        _tell_experts_apart(model)
+    return model
+
+
+def _tell_experts_apart(model: Any) -> None:
+    """transformers starts routers with zeros: all experts would be alike to them, and which are chosen is anyone's."""
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            torch.nn.init.normal_(module.weight, std=0.05)
 
 
 def checkpoint(name: str, options: Options) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Size:
 
     name: str
     shape: dict[str, Any]
-    """Fields of ``Qwen3_5TextConfig``."""
+    """Fields of ``Qwen3_5TextConfig``, or with experts of ``Qwen3_5MoeTextConfig``."""
     steps: int
     batch_size: int
     sequence_length: int
@@ -61,12 +61,27 @@ CUDA = Size(
 )  # fmt: skip
 
 
+def _of_experts(size: Size, count: int, chosen: int, width: int) -> Size:
+    """The same with a mixture of experts in each layer, all as wide as the shared one, in place of an FFN."""
+    shape = {name: value for name, value in size.shape.items() if name != "intermediate_size"}
+    experts = {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": width}
+    return replace(size, shape=shape | experts | {"shared_expert_intermediate_size": width})
+
+
+WITH_EXPERTS = {
+    QUICK.name: _of_experts(QUICK, count=8, chosen=2, width=64),
+    CPU.name: _of_experts(CPU, count=16, chosen=4, width=224),
+    CUDA.name: _of_experts(CUDA, count=32, chosen=4, width=512),
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """A complete description of a run: the same options and the same software give the same numbers."""
 
     model: str | None
     """A checkpoint to generate with, or None: train a model of ``size`` first."""
+    moe: bool
     size: Size
     device: torch.device
     dtype: torch.dtype
@@ -84,12 +99,15 @@ def resolve(arguments: argparse.Namespace) -> Options:
     """Options from the parsed command line. Raises ``CommandError`` for what cannot be run."""
     device = _device(arguments.device)
     size = QUICK if arguments.quick else CUDA if device.type == "cuda" else CPU
+    if arguments.moe:
+        size = WITH_EXPERTS[size.name]
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     steps = arguments.steps or size.steps
     if steps <= WARM_UP_STEPS:
         raise CommandError(f"--steps {steps}: the first {WARM_UP_STEPS} are not timed", "take more steps")
     return Options(
         model=arguments.model,
+        moe=arguments.moe,
         size=size,
         device=device,
         dtype=getattr(torch, dtype),

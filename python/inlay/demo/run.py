@@ -16,7 +16,7 @@ import inlay
 from inlay._console import CommandError, heading, indent, seconds_text
 from inlay.demo import data, plot, show
 from inlay.demo.generate import Generation, generate
-from inlay.demo.layer import LayerTimes, time_gdn_layer
+from inlay.demo.layer import KINDS, LayerTimes, time_layers
 from inlay.demo.model import checkpoint, new_model
 from inlay.demo.options import Options, resolve
 from inlay.demo.train import Run, Training, train
@@ -62,10 +62,10 @@ def _run(options: Options) -> int:
     texts = tokenizer.decode(generation.unpatched.tokens), tokenizer.decode(generation.patched.tokens)
     show.generation(generation, prompt, texts)
 
-    layer_times = time_gdn_layer(model, options)
-    if layer_times:
-        heading("One Gated DeltaNet layer")
-        show.gdn_layer(layer_times)
+    layer_times = time_layers(model, options)
+    for op, times in layer_times.items():
+        heading(KINDS[op])
+        show.layer(times)
 
     heading("What Inlay replaced")
     print(indent(str((training or generation).report)))
@@ -92,7 +92,7 @@ def _results(
     options: Options,
     training: Training | None,
     generation: Generation,
-    layer_times: LayerTimes | None,
+    layer_times: dict[str, LayerTimes],
     texts: tuple[str, ...],
     checks: list[Check],
 ) -> dict[str, Any]:
@@ -103,8 +103,7 @@ def _results(
         "checks": [{**asdict(check), "passed": check.passed} for check in checks],
         "generation": asdict(generation) | {"texts": texts},
     }
-    if layer_times:
-        results["gdn_layer"] = asdict(layer_times)
+    results |= {op: asdict(times) for op, times in layer_times.items()}
     if training:
         runs = {name: _run_results(getattr(training, name)) for name in ("unpatched", "patched", "nudged")}
         results["training"] = runs | {

@@ -44,6 +44,7 @@ def setting(model: Any, options: Options) -> None:
     rows = [
         ("model", model_text(model, options)),
         ("layers", kinds),
+        *_experts(config),
         ("weights", options.model or "new, random"),
         ("device", device_text(options.device)),
         ("unpatched", "transformers' own code" + (f" with {', '.join(installed)}" if installed else ", PyTorch only")),
@@ -55,6 +56,14 @@ def setting(model: Any, options: Options) -> None:
             ("training", f"{options.steps} steps of {size}, AdamW, seed {options.seed}"),
         ]
     print(indent(facts(rows)), flush=True)
+
+
+def _experts(config: Any) -> list[tuple[str, str]]:
+    """How many a mixture of experts has; nothing for another model."""
+    if not hasattr(config, "num_experts"):
+        return []
+    shared = " and a shared one" if getattr(config, "shared_expert_intermediate_size", 0) else ""
+    return [("experts", f"{config.num_experts} in each layer, {config.num_experts_per_tok} of them a token{shared}")]
 
 
 def training(result: Training) -> None:
@@ -106,8 +115,8 @@ def generation(result: Generation, prompt: str, texts: tuple[str, str]) -> None:
     print(f"\n{indent(table(_SIDES, rows))}", flush=True)
 
 
-def gdn_layer(times: LayerTimes) -> None:
-    """What one Gated DeltaNet layer takes."""
+def layer(times: LayerTimes) -> None:
+    """What one layer takes."""
     rows = [
         _row(name, seconds, times.patched[name], seconds_text, faster=True) for name, seconds in times.unpatched.items()
     ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from inlay.hf.recognise import NormSpec
 from inlay.hf.recognise import recognise as recognise_norm
 from inlay.hf.rewrite import with_eager_functions
+from inlay.hf.stand_in import uninitialised
 from inlay.ops._attention_checks import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from inlay.ops.rope import qk_norm_rope
 
@@ -272,7 +273,7 @@ class _Norm(nn.Module):
 def _twin(module: Any) -> Any:
     """A small stand-in for a layer: its plain attributes, no tensors, hooks or patches of it, few small heads."""
     cls: Any = type(module)
-    twin = cls.__new__(cls)
+    twin = uninitialised(cls)
     nn.Module.__init__(twin)
     ignored = {"forward", "training", *vars(twin)}
     vars(twin).update({name: value for name, value in vars(module).items() if name not in ignored})
@@ -305,7 +306,7 @@ def _twin(module: Any) -> Any:
 def _converted(twin: Any, dtype: torch.dtype) -> Any:
     """The stand-in in another dtype, in modules and parameters of its own."""
     cls: Any = type(twin)
-    other = cls.__new__(cls)
+    other = uninitialised(cls)
     nn.Module.__init__(other)
     vars(other).update({name: value for name, value in vars(twin).items() if name not in vars(other)})
     for name, parameter in twin._parameters.items():

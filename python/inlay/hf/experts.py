@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from inlay.hf.attention import Counters
 from inlay.hf.binding import Plan, binding_of
 from inlay.hf.norms import device_reason, is_plain, transform_reason
+from inlay.hf.stand_in import uninitialised
 from inlay.ops import _checks as checks
 from inlay.ops import _moe_kernels as kernels
 from inlay.ops._moe_checks import ACTIVATIONS
@@ -137,7 +138,7 @@ def compute(
         gate_up_bias=parameters.gate_up_bias, down_bias=parameters.down_bias, activation=gate.activation,
         gated=module.has_gate, interleaved=gate.interleaved, transposed=module.is_transposed, limit=gate.limit,
         shared=None if shared is None else shared.to(dtype),
-        shared_gate=None if shared_gate is None else shared_gate.to(dtype),
+        shared_gate=None if shared_gate is None else shared_gate.to(dtype), num_experts=module.num_experts,
     )  # fmt: skip
     return y.to(x.dtype)
 
@@ -185,6 +186,9 @@ def why_not(module: Any, x: Tensor, indices: Tensor, weights: Tensor) -> str | N
         up, down = up.mT, down.mT
     if up.shape[2] != x.shape[1] or up.shape[1] != down.shape[2] * (2 if module.has_gate else 1):
         return "its projections do not fit x or each other"
+    if not up.shape[0] == down.shape[0] == module.num_experts:
+        # Of some experts only, and nobody has told the module: indices are not those of what is here.
+        return f"its projections are of {up.shape[0]} experts, not {module.num_experts}"
     return device_reason(x) or transform_reason() or (None if kernels.has_kernel(x) else NO_KERNELS)
 
 
@@ -220,7 +224,7 @@ def gate_of(cls: type, act_fn: type | None, gated: bool, numbers: tuple) -> Gate
 
 
 def _by_experiment(cls: Any, act_fn: Any, gated: bool, numbers: dict[str, Any]) -> Gate | None:
-    twin = cls.__new__(cls)
+    twin = uninitialised(cls)
     nn.Module.__init__(twin)
     twin.__dict__.update({name: value for name, value in numbers.items() if value is not None})
     limits = [numbers[name] for name in ("limit", "swiglu_limit") if isinstance(numbers[name], (int, float))]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from inlay.hf.recognise import NormSpec
 from inlay.hf.recognise import recognise as recognise_norm
 from inlay.hf.rewrite import with_eager_functions
+from inlay.hf.stand_in import uninitialised
 
 _PARTS = {"conv1d", "norm", "out_proj"}
 _SEPARATE = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}  # Qwen3.5
@@ -150,7 +151,7 @@ class _Gate(nn.Module):
 def _twin(module: Any, grouped: bool) -> Any:
     """A small stand-in for a layer: its plain attributes, no tensors, hooks or patches of it, few small heads."""
     cls: Any = type(module)
-    twin = cls.__new__(cls)
+    twin = uninitialised(cls)
     nn.Module.__init__(twin)
     ignored = {"forward", "training", *vars(twin)}
     vars(twin).update({name: value for name, value in vars(module).items() if name not in ignored})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from inlay.hf import experts
 from inlay.hf.binding import Plan, binding_of
 from inlay.hf.norms import _has_hooks, is_plain
+from inlay.hf.stand_in import uninitialised
 
 OPS = ("moe_block",)
 
@@ -136,7 +137,7 @@ def _difference(cls: Any, gated: bool) -> str | None:
     x = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64, device="cpu")
     weights = torch.rand(6, 2, generator=generator, dtype=torch.float64, device="cpu")
     indices = torch.zeros(6, 2, dtype=torch.int64, device="cpu")
-    block = cls.__new__(cls)
+    block = uninitialised(cls)
     nn.Module.__init__(block)
     block.gate = _Recorder(lambda v: (weights, weights, indices))
     block.experts = _Recorder(lambda v, i, w: v.sin() * w.sum(-1, keepdim=True))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from inlay import reference
+from inlay.hf.stand_in import uninitialised
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
@@ -135,7 +136,7 @@ class _Probe:
 
     def __init__(self, module: nn.Module):
         self.cls = type(module)
-        self.twin = self.cls.__new__(self.cls)
+        self.twin = uninitialised(self.cls)
         vars(self.twin).update({name: value for name, value in vars(module).items() if name != "forward"})
         vectors = {name: p for name, p in module._parameters.items() if p is not None}
         normalized_shape = getattr(module, "normalized_shape", None)

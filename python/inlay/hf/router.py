@@ -22,6 +22,7 @@ from inlay import reference
 from inlay.hf.binding import Plan, binding_of
 from inlay.hf.experts import NO_KERNELS
 from inlay.hf.norms import device_reason, is_plain, transform_reason
+from inlay.hf.stand_in import uninitialised
 from inlay.ops import _checks as checks
 from inlay.ops import _moe_kernels as kernels
 from inlay.ops._moe_checks import MAX_ROUTED_EXPERTS, MAX_SLOTS
@@ -188,7 +189,7 @@ def _by_experiment(module: Any) -> RouterSpec | str:
 def _twin(module: Any, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """A stand-in, and tokens for it whose logits are of size 1 and far from equal."""
     cls: Any = type(module)
-    twin = cls.__new__(cls)
+    twin = uninitialised(cls)
     vars(twin).update({name: value for name, value in vars(module).items() if name != "forward"})
     generator = torch.Generator().manual_seed(0)
 

@@ -159,6 +159,19 @@ def check_experts(
         _dtype_beside(op, "shared_gate", shared_gate, x)
 
 
+def check_num_experts(op: str, num_experts: int, gate_up_proj: Tensor) -> None:
+    """By itself, as only some calls say it."""
+    checks.given(op, "gate_up_proj", gate_up_proj)
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
+        raise TypeError(f"{op}: num_experts must be an int or None, got {type(num_experts).__name__}")
+    held = gate_up_proj.shape[0] if gate_up_proj.dim() else 0
+    if num_experts != held:
+        raise ValueError(
+            f"{op}: num_experts must be {held}, the number of experts in gate_up_proj, got {num_experts}; under expert "
+            "parallelism both are of this rank, and indices too"
+        )
+
+
 def _shaped(op: str, name: str, tensor: Tensor, shape: list[int], what: str, x: Tensor, of: str) -> None:
     checks.given(op, name, tensor)
     if list(tensor.shape) != shape:

@@ -39,7 +39,14 @@ from inlay import _load, reference
 from inlay.ops import _checks as checks
 from inlay.ops import _moe_kernels as kernels
 from inlay.ops._autograd import Function
-from inlay.ops._moe_checks import ACTIVATIONS, SCORING, SOFTMAX_OF_CHOSEN, check_experts, check_router
+from inlay.ops._moe_checks import (
+    ACTIVATIONS,
+    SCORING,
+    SOFTMAX_OF_CHOSEN,
+    check_experts,
+    check_num_experts,
+    check_router,
+)
 from inlay.reference.moe import RouterStats
 
 _ops = _load.namespace()
@@ -141,6 +148,7 @@ def moe_experts(
     shared: Tensor | None = None,
     shared_gate: Tensor | None = None,
     recompute: bool = False,
+    num_experts: int | None = None,
 ) -> Tensor:
     """What each token's experts make of it, weighted and added up; see the module's docstring for the formula.
 
@@ -162,6 +170,9 @@ def moe_experts(
         shared: [T, H], what a shared expert gives; added in the same pass.
         shared_gate: [T] or [T, 1], whose sigmoid ``shared`` is multiplied by; None is 1.
         recompute: compute the first projection again in the backward instead of keeping its [T K, 2 I] results.
+        num_experts: how many experts there are, if that is to be checked: E, the first dimension of the projections.
+            Under expert parallelism that is the number of experts on this rank, which transformers has in the experts'
+            ``num_experts``, and so also the index that stands for none; not the number of experts on all ranks.
 
     Returns:
         y: [T, H] in x's dtype. A token's result does not depend on which others there are.
@@ -175,6 +186,8 @@ def moe_experts(
         ValueError: for a wrong dtype, shape, device or value, naming the argument. ``indices`` are looked at on the CPU
             alone: elsewhere that would wait for the device.
     """
+    if num_experts is not None:
+        check_num_experts("moe_experts", num_experts, gate_up_proj)
     try:
         if not kernels.has_kernel(x):
             check_experts(

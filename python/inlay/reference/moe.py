@@ -89,7 +89,10 @@ def moe_experts(
     shared: Tensor | None = None,
     shared_gate: Tensor | None = None,
     recompute: bool = False,
+    num_experts: int | None = None,
 ) -> Tensor:
+    if num_experts not in (None, gate_up_proj.shape[0]):
+        raise ValueError(f"moe_experts: num_experts must be {gate_up_proj.shape[0]}, got {num_experts}")
     wide = _wide_dtype(x)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for expert in range(gate_up_proj.shape[0]):
