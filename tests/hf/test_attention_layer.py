@@ -119,17 +119,28 @@ def test_bfloat16_is_as_exact_as_before(family: str, device: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "gpt_oss"])
 def test_autocast_training(family: str, device: str) -> None:
-    """float32 weights under bfloat16 autocast: queries and keys are rotated in 16 bits."""
-    model = decoder(family, device).train()
-    ids = tokens(model)
-    truth = gradients(model, ids)
-    ours = patched(model)
-    with torch.autocast(device, torch.bfloat16):
-        eager, actual = gradients(model, ids), gradients(ours, ids)
-    errors, allowed = relative_error(actual, truth), relative_error(eager, truth)
-    assert not {name: (errors[name], allowed[name]) for name in errors if errors[name] > 2 * allowed[name] + 2e-2}
-    assert_no_fallbacks(ours)
-    assert all(calls(ours))
+    """float32 weights under bfloat16 autocast: queries and keys are rotated in 16 bits.
+
+    Errors are of several models together: in some the sum over tokens that a router's bias has for a gradient cancels
+    to a hundredth of its terms, and nothing can be said of what is left of it in 16 bits.
+    """
+    truth, eager, actual = [], [], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = decoder(family, device).train()
+        ids = tokens(model)
+        ours = patched(model)
+        truth.append(gradients(model, ids))
+        with torch.autocast(device, torch.bfloat16):
+            eager.append(gradients(model, ids))
+            actual.append(gradients(ours, ids))
+        assert_no_fallbacks(ours)
+        assert all(calls(ours))
+    together = [
+        {name: torch.stack([each[name] for each in found]) for name in found[0]} for found in (truth, eager, actual)
+    ]
+    errors, allowed = (relative_error(found, together[0]) for found in (together[2], together[1]))
+    assert not {name: (errors[name], allowed[name]) for name in errors if errors[name] > 2 * allowed[name] + 1e-2}
 
 
 def test_packed_sequences(device: str) -> None:
