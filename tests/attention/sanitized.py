@@ -50,6 +50,11 @@ def general(dtype: torch.dtype) -> int:
                 if "bias" in features and queries == 40:  # unaligned, and summed over queries and batch
                     tensors["bias"] = torch.nn.functional.pad(tensors["bias"][:, :, :1], (1, 0))[..., 1:]
                     tensors["q"] = torch.nn.functional.pad(tensors["q"], (1, 0))[..., 1:]
+                if "mask" in features:  # tiles of which it hides everything, and nothing
+                    for width, hidden in ((64, False), (32, True)):
+                        tensors["mask"][..., :width] = hidden
+                        gradients(case, inlay, tensors, random_like(case.run(inlay, tensors)))
+                    tensors["mask"] = torch.nn.functional.pad(tensors["mask"], (3, 0))[..., 3:]
                 gradients(case, inlay, tensors, random_like(case.run(inlay, tensors)))
                 count += 1
     return count

@@ -58,11 +58,44 @@ struct RowValues {
   float delta;
 };
 
+// What a mask says of cells of kCell queries by kCell keys, found before the products: so that tiles of which it hides
+// everything are not computed, and those of which it hides nothing do not read it. A byte a cell, of the mask's own
+// sizes: bit 0 where some of it is seen, bit 1 where some of it is hidden. Rows of cells are padded to whole words.
+constexpr int kCell = 16;
+constexpr int kWordKeys = 4 * kCell;
+
+struct MaskCells {
+  uint32_t* words = nullptr;  // null: there is no mask, or nothing is known of it
+  int64_t batch_stride = 0, head_stride = 0;
+  int query_stride = 0, key_stride = 0;  // of words; 0 where the mask is broadcast
+  int queries = 0, row_words = 0;        // sizes of what the mask is broadcast to
+  int64_t bytes = 0;
+
+  // With few queries the mask is not looked at often enough.
+  MaskCells(const Inputs& in, void* memory) {
+    constexpr int64_t kFewest = 4 * kCell;
+    const ScoreTensor& mask = in.mask;
+    if (!mask.data || in.queries.tokens < kFewest || in.keys.tokens == 0) return;
+    words = static_cast<uint32_t*>(memory);
+    queries = static_cast<int>((in.queries.tokens + kCell - 1) / kCell);
+    row_words = static_cast<int>((in.keys.tokens + kWordKeys - 1) / kWordKeys);
+    key_stride = mask.key_stride ? 1 : 0;
+    const int64_t row = mask.key_stride ? row_words : 1;
+    query_stride = mask.query_stride ? static_cast<int>(row) : 0;
+    head_stride = row * (mask.query_stride ? queries : 1);
+    batch_stride = head_stride * (mask.head_stride ? in.query_heads : 1);
+    bytes = batch_stride * (mask.batch_stride ? in.batch : 1) * static_cast<int64_t>(sizeof(uint32_t));
+    if (!mask.head_stride) head_stride = 0;
+    if (!mask.batch_stride) batch_stride = 0;
+  }
+};
+
 // Where the backward's scratch memory lies. `memory` may be null where only `bytes` is wanted.
 struct GeneralScratch {
   RowValues* rows = nullptr;  // [B, Hq, Sq]
   QueryTileRange* ranges = nullptr;
-  void* dout = nullptr;  // [B, Sq, Hq, DV] T: the gradient of o; null: it is that of y
+  void* dout = nullptr;   // [B, Sq, Hq, DV] T: the gradient of o; null: it is that of y
+  void* cells = nullptr;  // MaskCells
   int64_t bytes = 0;
 
   GeneralScratch(const Inputs& in, int streamed_queries, void* memory) {
@@ -77,6 +110,7 @@ struct GeneralScratch {
     ranges = reinterpret_cast<QueryTileRange*>(
         take(in.queries.chunk_bound(streamed_queries) * static_cast<int64_t>(sizeof(QueryTileRange))));
     if (in.gate.data) dout = take(heads * in.value_dim * size_of(in.q.dtype));
+    cells = take(MaskCells(in, nullptr).bytes);
   }
 };
 
@@ -89,7 +123,11 @@ void general_backward(const BackwardParams& params, void* stream);
 // By T at run time; in general_launch.cu.
 void general_forward(const ForwardParams& params, void* stream);
 void general_backward(const BackwardParams& params, void* stream);
+int64_t general_scratch_bytes(const ForwardParams& params);
 int64_t general_scratch_bytes(const BackwardParams& params);
+
+// Fills the cells, where there are any.
+void find_mask_cells(const Inputs& in, const MaskCells& cells, void* stream);
 
 // What the backward does before its products: RowValues, ranges, dgate, dsinks and the gradient of o.
 void prepare_general_backward(const BackwardParams& params, int streamed_queries, const GeneralScratch& scratch,

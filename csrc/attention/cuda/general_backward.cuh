@@ -207,7 +207,8 @@ __global__ __launch_bounds__(
         }
       };
       with_values([&](int i, int j, float, float delta) { ds[i][j] -= delta; });
-      finish_scores<T, kKeysAreRows>(p, kRole == GeneralRole::bias ? nullptr : &ds, rule, in, at, place, visit.partial);
+      finish_scores<T, kKeysAreRows>(p, kRole == GeneralRole::bias ? nullptr : &ds, rule, in, at, place, visit.masked,
+                                     visit.partial);
       with_values([&](int i, int j, float lse, float) {
         if (rule.inside) p[i][j] -= lse;
         p[i][j] = exp2_fast(fmaf(p[i][j], rule.factor, rule.inside ? 0.0f : -lse));

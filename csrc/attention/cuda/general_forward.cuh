@@ -6,6 +6,7 @@
 // p goes from one product to the next in registers.
 #pragma once
 
+#include "attention/cuda/general_cells.cuh"
 #include "attention/cuda/general_rows.cuh"
 #include "common/cuda/sigmoid.cuh"
 
@@ -27,6 +28,7 @@ struct GeneralForwardArguments {
   ForwardParams params;
   Division division;
   ScoreRule rule;
+  MaskCells cells;
 };
 
 // What is known of the softmax of one of this thread's queries so far: the sum, of its own columns, of
@@ -140,16 +142,21 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
   clear(o);
   const ScoreRule& rule = arguments.rule;
   const int end_tile = (range.highest + keys - 1) / keys;
-  if (end_tile > 0) {
+  const auto seen_from = [&](int tile) {
+    return first_seen_tile(arguments.cells, in.mask, {at.batch, head, info.first, division.rows}, tile, end_tile, keys);
+  };
+  SeenTile tile = seen_from(range.lowest / keys);
+  if (tile.number < end_tile) {
     fetch_rows<T>(q, depth, rows_of<T>(in.q, at.batch, at.query_row + info.first, head, info.count, in.head_dim),
                   C::kThreads);
-    fetch(k, in.k, range.lowest / keys, in.head_dim);
+    fetch(k, in.k, tile.number, in.head_dim);
   }
 #pragma unroll 1
-  for (int tile = range.lowest / keys; tile < end_tile; ++tile) {
+  for (SeenTile next; tile.number < end_tile; tile = next) {
     wait_for_copies<0>();
     __syncthreads();  // k is there, and v of the tile before is no longer read
-    fetch(v, in.v, tile, in.value_dim);
+    fetch(v, in.v, tile.number, in.value_dim);
+    next = seen_from(tile.number + 1);
     Accumulator s[kRowTiles][kScoreTiles];
     clear(s);
     add_scores_of<T, kRowTiles, kScoreTiles / 2>(keys / 16, s, q, own_row, k, part.first, part.end, in.allow_tf32);
@@ -159,15 +166,16 @@ __launch_bounds__(GeneralForwardConfig<T>::kThreads, GeneralForwardConfig<T>::kB
     }
     wait_for_copies<0>();
     __syncthreads();  // v is there, and k is no longer read
-    if (tile + 1 < end_tile) fetch(k, in.k, tile + 1, in.head_dim);
+    if (next.number < end_tile) fetch(k, in.k, next.number, in.head_dim);
 
-    const bool partial = tile * keys < range.all_from || (tile + 1) * keys > range.all_to;
+    const int first_key = tile.number * keys;
+    const bool partial = first_key < range.all_from || first_key + keys > range.all_to;
     ProbabilityFragments<T, kScoreTiles> p[kRowTiles];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      const ScorePlace score_place{info.first + own_row + m * 16, tile * keys, head};
+      const ScorePlace score_place{info.first + own_row + m * 16, first_key, head};
       finish_scores<T, false>(s[m], static_cast<Accumulator(*)[kScoreTiles]>(nullptr), rule, in, at, score_place,
-                              partial);
+                              tile.masked, partial);
 #pragma unroll
       for (int i = 2; i < kScoreTiles; ++i) {
         if (i * 8 >= keys) s[m][i][0] = s[m][i][1] = s[m][i][2] = s[m][i][3] = -INFINITY;

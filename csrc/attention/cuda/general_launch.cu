@@ -29,6 +29,8 @@ void general_backward(const BackwardParams& params, void* stream) {
   with_element(params.inputs.q.dtype, [&](auto element) { general_backward<decltype(element)>(params, stream); });
 }
 
+int64_t general_scratch_bytes(const ForwardParams& params) { return MaskCells(params.inputs, nullptr).bytes; }
+
 int64_t general_scratch_bytes(const BackwardParams& params) {
   int64_t bytes = 0;
   with_element(params.inputs.q.dtype, [&](auto element) {

@@ -17,8 +17,10 @@ void start_blocks(const Arguments& arguments, int64_t blocks, void* stream) {
 template <typename T>
 void general_forward(const ForwardParams& params, void* stream) {
   const Inputs& in = params.inputs;
-  const GeneralForwardArguments arguments{params, forward_division<T>(in, shared_memory_limit()), ScoreRule(in)};
+  const GeneralForwardArguments arguments{params, forward_division<T>(in, shared_memory_limit()), ScoreRule(in),
+                                          MaskCells(in, params.scratch)};
   check_division(arguments.division);
+  find_mask_cells(in, arguments.cells, stream);
   start_blocks<general_forward_kernel<T>>(arguments, in.queries.chunk_bound(arguments.division.rows) * in.query_heads,
                                           stream);
 }
@@ -43,11 +45,13 @@ void general_backward(const BackwardParams& params, void* stream) {
   const Inputs& in = params.inputs;
   const int streamed = backward_division<T, GeneralRole::keys>(in).streamed;
   const GeneralScratch scratch(in, streamed, params.scratch);
-  GeneralBackwardArguments arguments{params, {}, ScoreRule(in), params.dout, scratch.rows, scratch.ranges};
+  const MaskCells cells(in, scratch.cells);
+  GeneralBackwardArguments arguments{params, {}, ScoreRule(in), params.dout, scratch.rows, scratch.ranges, cells};
   if (scratch.dout) {
     arguments.dout = {scratch.dout, in.q.dtype, in.queries.tokens * in.query_heads * in.value_dim,
                       in.query_heads * in.value_dim, in.value_dim};
   }
+  find_mask_cells(in, cells, stream);
   prepare_general_backward(params, streamed, scratch, stream);
   start_backward<T, GeneralRole::keys>(arguments, stream);
   start_backward<T, GeneralRole::queries>(arguments, stream);

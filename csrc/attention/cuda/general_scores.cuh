@@ -239,11 +239,12 @@ __device__ __forceinline__ void apply_mask(Accumulator (&s)[kTiles], const Input
 }
 
 // Scores from products, as ScoreRule says; hidden ones are -inf. `gradients`, unless null, become those of products
-// where there is a softcap: they are multiplied by its derivatives.
+// where there is a softcap: they are multiplied by its derivatives. The mask is read where `masked`, and positions are
+// compared where `partial`.
 template <typename T, bool kKeysAreRows, int kTiles>
 __device__ __forceinline__ void finish_scores(Accumulator (&s)[kTiles], Accumulator (*gradients)[kTiles],
                                               const ScoreRule& rule, const Inputs& in, const SequenceInfo& at,
-                                              const ScorePlace& place, bool partial) {
+                                              const ScorePlace& place, bool masked, bool partial) {
   if (rule.inside) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -269,7 +270,7 @@ __device__ __forceinline__ void finish_scores(Accumulator (&s)[kTiles], Accumula
       }
     }
   }
-  if (in.mask.data) apply_mask<kKeysAreRows>(s, in, at, place);
+  if (masked) apply_mask<kKeysAreRows>(s, in, at, place);
   if (partial) hide<kKeysAreRows>(s, in, at, place);
 }
 

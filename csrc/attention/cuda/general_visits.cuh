@@ -1,7 +1,7 @@
 // Which tiles of scores a block of the general backward passes over.
 #pragma once
 
-#include "attention/cuda/general_scores.cuh"
+#include "attention/cuda/general_cells.cuh"
 
 namespace inlay::attention::cuda {
 
@@ -17,13 +17,15 @@ struct GeneralBackwardArguments {
   TokenTensor dout;  // the gradient of o
   const RowValues* rows;
   const QueryTileRange* ranges;  // of tiles of the division's queries, where keys have the blocks
+  MaskCells cells;
 };
 
-// A tile of scores, for the warps of a block alike.
+// A tile of scores, for the warps of a block alike. Not every query sees every key of it where it is `partial`, as far
+// as positions say, and where it is `masked`.
 struct Visit {
   int head;
   int first_query, first_key;  // of the sequence
-  bool partial;                // not every query sees every key
+  bool masked, partial;
 };
 
 template <GeneralRole kRole>
@@ -36,6 +38,7 @@ class Visits<GeneralRole::keys> {
       : in_(arguments.params.inputs),
         rows_(arguments.division.rows),
         streamed_(arguments.division.streamed),
+        cells_(arguments.cells),
         place_(locate(in_.keys, rows_, blockIdx.x % tiles())),
         at(block_info(arguments.division).at) {
     key_head = static_cast<int>(blockIdx.x / tiles());
@@ -55,7 +58,14 @@ class Visits<GeneralRole::keys> {
         const int own = tile_ + 1 + static_cast<int>(threadIdx.x % 32);
         QueryTileRange range{0, 0, 0, 0};
         if (own < query_tiles_) range = ranges_[own];
-        const bool seen = range.lowest < end_key && range.highest > visit.first_key;
+        bool seen = range.lowest < end_key && range.highest > visit.first_key;
+        bool masked = in_.mask.data != nullptr;
+        if (cells_.words && seen) {
+          const uint32_t bits =
+              cells_of(cells_, {at.batch, visit.head, own * streamed_, streamed_}, visit.first_key, rows_);
+          seen = (bits & kCellsSeen) != 0;
+          masked = (bits & kCellsHidden) != 0;
+        }
         const unsigned some = __ballot_sync(kAllLanes, seen);
         if (some == 0) continue;
         const bool partial = range.all_from > visit.first_key || range.all_to < visit.first_key + rows_ ||
@@ -63,6 +73,7 @@ class Visits<GeneralRole::keys> {
         const int lane = __ffs(some) - 1;
         tile_ += 1 + lane;
         visit.partial = (__ballot_sync(kAllLanes, partial) >> lane & 1) != 0;
+        visit.masked = (__ballot_sync(kAllLanes, masked) >> lane & 1) != 0;
         visit.first_query = tile_ * streamed_;
         return true;
       }
@@ -75,6 +86,7 @@ class Visits<GeneralRole::keys> {
 
   const Inputs& in_;
   int rows_, streamed_;
+  const MaskCells& cells_;
   RowPlace place_;
   const QueryTileRange* ranges_;
   int query_tiles_, end_head_;
@@ -93,6 +105,7 @@ class Visits<GeneralRole::queries> {
       : in_(arguments.params.inputs),
         rows_(arguments.division.rows),
         streamed_(arguments.division.streamed),
+        cells_(arguments.cells),
         place_(locate(in_.queries, rows_, tiles() - 1 - blockIdx.x % tiles())),
         range_(block_info(arguments.division).range),
         at(block_info(arguments.division).at) {
@@ -103,7 +116,11 @@ class Visits<GeneralRole::queries> {
   }
 
   __device__ __forceinline__ bool next() {
-    visit.first_key += streamed_;
+    const SeenTile tile =
+        first_seen_tile(cells_, in_.mask, {at.batch, visit.head, visit.first_query, rows_},
+                        visit.first_key / streamed_ + 1, (range_.highest + streamed_ - 1) / streamed_, streamed_);
+    visit.first_key = tile.number * streamed_;
+    visit.masked = tile.masked;
     visit.partial = visit.first_key < range_.all_from || visit.first_key + streamed_ > range_.all_to;
     return visit.first_key < range_.highest;
   }
@@ -113,6 +130,7 @@ class Visits<GeneralRole::queries> {
 
   const Inputs& in_;
   int rows_, streamed_;
+  const MaskCells& cells_;
   RowPlace place_;
   const QueryTileRange& range_;
 
@@ -128,6 +146,7 @@ class Visits<GeneralRole::bias> {
       : in_(arguments.params.inputs),
         rows_(arguments.division.rows),
         streamed_(arguments.division.streamed),
+        cells_(arguments.cells),
         sizes_(arguments.params.dbias.sizes),
         at(in_, 0) {
     // The block's place in the gradient, and how much is added up for it.
@@ -177,13 +196,20 @@ class Visits<GeneralRole::bias> {
         moved_ = false;
       }
       visit.partial = visit.first_key < range_.all_from || visit.first_key + streamed_ > range_.all_to;
-      if (visit.first_key < range_.highest && visit.first_key + streamed_ > range_.lowest) return true;
+      visit.masked = in_.mask.data != nullptr;
+      if (visit.first_key >= range_.highest || visit.first_key + streamed_ <= range_.lowest) continue;
+      if (!cells_.words) return true;
+      const uint32_t bits =
+          cells_of(cells_, {at.batch, visit.head, visit.first_query, rows_}, visit.first_key, streamed_);
+      visit.masked = (bits & kCellsHidden) != 0;
+      if (bits & kCellsSeen) return true;
     }
   }
 
  private:
   const Inputs& in_;
   int rows_, streamed_;
+  const MaskCells& cells_;
   const int64_t* sizes_;
   QueryTileRange range_;
   int batch_;

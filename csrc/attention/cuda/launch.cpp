@@ -71,7 +71,8 @@ void start_backward(const BackwardParams& params, const BackwardShape& use, cons
 
 int64_t scratch_bytes(const ForwardParams& params) {
   cuda::check_served(params.inputs);
-  return cuda::has_tiles(params.inputs) ? cuda::ForwardScratch(params.inputs, nullptr).bytes : 0;
+  if (!cuda::has_tiles(params.inputs)) return cuda::general_scratch_bytes(params);
+  return cuda::ForwardScratch(params.inputs, nullptr).bytes;
 }
 
 void forward(const ForwardParams& params, void* stream) {
