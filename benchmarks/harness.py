@@ -130,6 +130,7 @@ class Row:
     met: str = ""
     note: str = ""
     tflop_s: float = 0.0  # of ops that matrix products bound
+    peak_mib: float = 0.0  # most memory in use at one time, beyond what a call finds; 0: not measured
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ def times_faster_than(factor: float, baseline: str) -> Bar:
     return Bar(f">= {factor:g} x {baseline}", lambda row, base: factor * row.median_us <= base.median_us, baseline)
 
 
+def at_most_peak(factor: float, baseline: str) -> Bar:
+    return Bar(f"peak <= {factor:g} x {baseline}", lambda row, base: row.peak_mib <= factor * base.peak_mib, baseline)
+
+
 def judged(rows: Sequence[Row], subject: str, bars: Sequence[Bar]) -> list[Row]:
     """The rows of one case and mode; the subject's says which bars it has, and whether it is right and meets all."""
     by_name = {row.implementation: row for row in rows}
@@ -178,7 +183,15 @@ def judged(rows: Sequence[Row], subject: str, bars: Sequence[Bar]) -> list[Row]:
 
 
 def row(
-    case: str, mode: str, implementation: str, timing: Timing, moved: int, copy: float, note: str = "", flops: float = 0
+    case: str,
+    mode: str,
+    implementation: str,
+    timing: Timing,
+    moved: int,
+    copy: float,
+    note: str = "",
+    flops: float = 0,
+    peak: int = 0,
 ) -> Row:
     rate = moved / timing.median
     return Row(
@@ -193,6 +206,7 @@ def row(
         copy_share=round(rate / copy, 4),
         note=note,
         tflop_s=round(flops / timing.median / 1e12, 4),
+        peak_mib=round(peak / 2**20, 2),
     )
 
 
@@ -336,6 +350,8 @@ def line(row: Row) -> str:
     rate = f"{row.gb_s:8.0f} GB/s {row.copy_share:6.1%}" if row.bytes else " " * 20
     if row.tflop_s:
         rate = f"{row.tflop_s:8.3g} TFLOP/s    "
+    if row.peak_mib:
+        rate += f"{row.peak_mib:8.1f} MiB"
     return (
         f"{row.case:48} {row.mode:6} {row.implementation:13} {row.median_us:10.2f} us {rate}{bar} {row.note}".rstrip()
     )

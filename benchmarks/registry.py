@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import bench_attention, bench_conv, bench_gdn, bench_moe, bench_norm, bench_rope
+from benchmarks import bench_attention, bench_conv, bench_gdn, bench_moe, bench_norm, bench_prefill, bench_rope
 from benchmarks.harness import Family
 
 FAMILIES: dict[str, Family] = {
@@ -11,5 +11,6 @@ FAMILIES: dict[str, Family] = {
     "gdn": bench_gdn.FAMILY,
     "moe": bench_moe.FAMILY,
     "norm": bench_norm.FAMILY,
+    "prefill": bench_prefill.FAMILY,
     "rope": bench_rope.FAMILY,
 }

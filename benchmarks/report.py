@@ -99,6 +99,8 @@ def _cell(row: dict[str, str] | None) -> str:
     share = f" ({float(row['copy_share']):.2f})" if int(row["bytes"]) else ""
     if float(row.get("tflop_s") or 0):
         share = f" ({float(row['tflop_s']):.3g} TFLOP/s)"
+    if float(row.get("peak_mib") or 0):
+        share += f" {float(row['peak_mib']):.0f} MiB"
     note = f" *{row['note']}*" if row["note"] else ""
     return f"{float(row['median_us']):.1f}{share}{note}"
 

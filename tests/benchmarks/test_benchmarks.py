@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = 100e9
 
 
-def measured(name: str, seconds: float, case: str = "norm forward 16384x4096", mode: str = "graph") -> Row:
-    return harness.row(case, mode, name, Timing(seconds, seconds, seconds), 2**30, COPY)
+def measured(
+    name: str, seconds: float, case: str = "norm forward 16384x4096", mode: str = "graph", peak: int = 0
+) -> Row:
+    return harness.row(case, mode, name, Timing(seconds, seconds, seconds), 2**30, COPY, peak=peak)
 
 
 def test_a_row_states_rate_and_share():
@@ -42,11 +44,13 @@ def test_a_row_states_rate_and_share():
         (harness.at_most_ms(21), "no"),
         (harness.at_most_times(0.5, "eager"), "yes"),
         (harness.at_most_times(0.2, "eager"), "no"),
+        (harness.at_most_peak(0.5, "eager"), "yes"),
+        (harness.at_most_peak(0.4, "eager"), "no"),
     ],
     ids=lambda value: getattr(value, "text", value),
 )
 def test_bars(bar, met):
-    rows = [measured("inlay", 2**30 / 50e9), measured("eager", 2**30 / 20e9)]
+    rows = [measured("inlay", 2**30 / 50e9, peak=2**20), measured("eager", 2**30 / 20e9, peak=2**21)]
     own, eager = harness.judged(rows, "inlay", [bar])
     assert (own.bar, own.met) == (bar.text, met)
     assert eager == rows[1]
@@ -184,6 +188,7 @@ def test_report_writes_every_row_and_a_plot(tmp_path, monkeypatch):
     [
         ("norm", "l2_norm", {"inlay", "hf_eager", "torch"}),
         ("gdn", "gated_delta", {"inlay", "hf_eager"}),
+        ("prefill", "1x64", {"inlay", "inlay_attention", "sdpa", "eager"}),
         ("rope", "qk_norm_rope", {"inlay", "hf_eager", "torch.mul"}),
     ],
 )
