@@ -3,9 +3,9 @@
 #include <cuda_fp16.h>
 
 #include "attention/cuda/backward_rows.h"
+#include "attention/cuda/row_gradients.cuh"
 #include "attention/cuda/rows.cuh"
 #include "attention/cuda/tiles.cuh"
-#include "common/cuda/sigmoid.cuh"
 
 namespace inlay::attention::cuda {
 namespace {
@@ -24,16 +24,7 @@ struct PrepareParams {
   int row_lanes;  // neighbouring threads to a row, a power of two
 };
 
-template <typename T>
-__device__ Packed<T, 8> load_eight(const T* from) {
-  if ((reinterpret_cast<uintptr_t>(from) & 15) == 0) return load<T, 8>(from);
-  Packed<T, 8> piece;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) piece.values[i] = from[i];
-  return piece;
-}
-
-// delta = <dO, O> - dlse, where dO is what came of y, times sigmoid(gate); dgate = dy O sigmoid'(gate).
+// The logarithms and delta = <dO, O> - dlse of each row, dgate, and zeros for dq.
 template <typename T>
 __global__ __launch_bounds__(kRowThreads) void prepare_rows_kernel(PrepareParams p) {
   wait_for_predecessor();
@@ -44,38 +35,14 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows_kernel(PrepareParams
   for (int64_t i = first; i < p.dq_floats / 4; i += step) reinterpret_cast<float4*>(p.dq)[i] = float4{0, 0, 0, 0};
   for (int64_t i = first; i < p.turn_count; i += step) p.turns[i] = 0;
 
-  const int lanes = p.row_lanes, lane = static_cast<int>(threadIdx.x) % lanes, columns = static_cast<int>(in.value_dim);
+  const int lanes = p.row_lanes, lane = static_cast<int>(threadIdx.x) % lanes;
   const int64_t rows = in.batch * in.queries.tokens * in.query_heads;  // fewer than 2^32
   const uint32_t tokens = static_cast<uint32_t>(in.queries.tokens), heads = static_cast<uint32_t>(in.query_heads);
   // Whole warps go round together, for the sums.
   for (int64_t at = first / lanes; at - first / lanes % (32 / lanes) < rows; at += step / lanes) {
     const uint32_t index = static_cast<uint32_t>(min(at, rows - 1));  // in the order of lse
     const uint32_t sequence = index / tokens, place = index % tokens, batch = sequence / heads, head = sequence % heads;
-    const int64_t row = (int64_t{batch} * tokens + place) * heads + head;  // of contiguous tensors
-    const T* const dy = static_cast<const T*>(backward.dout.data) + backward.dout.offset(batch, place, head);
-    const T* const o = static_cast<const T*>(backward.o.data) + backward.o.offset(batch, place, head);
-    float delta = 0.0f;
-    for (int column = lane * 8; column < columns; column += lanes * 8) {
-      float result[8], gradient[8];
-      unpack(load_eight(o + column), result);
-      unpack(load_eight(dy + column), gradient);
-      if (in.gate.data) {
-        float gate[8], dgate[8];
-        unpack(load_eight(static_cast<const T*>(in.gate.data) + in.gate.offset(batch, place, head) + column), gate);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float open = sigmoid<T>(gate[i]);
-          dgate[i] = gradient[i] * result[i] * (open * (1.0f - open));
-          gradient[i] = to_float(from_float<T>(gradient[i] * open));
-        }
-        const int64_t to = row * columns + column;
-        store(static_cast<T*>(backward.dgate.data) + to, pack<T>(dgate));
-        store(static_cast<T*>(p.dout) + to, pack<T>(gradient));
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) delta += result[i] * gradient[i];
-    }
-    for (int other = lanes / 2; other > 0; other /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, other);
+    const float delta = row_delta<T>(backward, p.dout, batch, place, head, lane, lanes);
     if (lane == 0 && at < rows) {
       const float lse = static_cast<const float*>(backward.lse.data)[index];
       p.log_scales[index] = lse == -INFINITY ? -INFINITY : -lse * kLog2E;

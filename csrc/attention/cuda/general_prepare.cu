@@ -1,7 +1,7 @@
 // What the general kernels do before their products: once for each cell of a mask; and in the backward for each row,
 // for each tile of queries, for each head.
 #include "attention/cuda/general_scores.cuh"
-#include "common/cuda/sigmoid.cuh"
+#include "attention/cuda/row_gradients.cuh"
 
 namespace inlay::attention::cuda {
 namespace {
@@ -19,12 +19,6 @@ struct PrepareArguments {
   int64_t number;  // of rows or of tiles
 };
 
-__device__ __forceinline__ float read(const TokenTensor& tensor, int64_t index) {
-  float value[1];
-  load_as_float(tensor.data, tensor.dtype, index, value);
-  return value[0];
-}
-
 // A row is a query of a head: delta, and with a gate its gradient and that of o. By a warp each.
 __global__ __launch_bounds__(kPrepareThreads) void prepare_rows_kernel(const __grid_constant__ PrepareArguments p) {
   const Inputs& in = p.params.inputs;
@@ -35,26 +29,12 @@ __global__ __launch_bounds__(kPrepareThreads) void prepare_rows_kernel(const __g
   if (number >= p.number) return;
   const int64_t token_number = number / in.query_heads, head = number % in.query_heads;
   const int64_t batch = token_number / in.queries.tokens, token = token_number % in.queries.tokens;
-  const int64_t dout = p.params.dout.offset(batch, token, head), o = p.params.o.offset(batch, token, head);
-  const int64_t gate = in.gate.offset(batch, token, head);
-  const int columns = static_cast<int>(in.value_dim);
-  float delta = 0.0f;
-  for (int column = lane; column < columns; column += 32) {
-    float gradient[1] = {read(p.params.dout, dout + column)};
-    const float result = read(p.params.o, o + column);
-    if (in.gate.data) {
-      const float open = sigmoid<float>(read(in.gate, gate + column));
-      const float dgate[1] = {gradient[0] * result * open * (1.0f - open)};
-      store_from_float(p.params.dgate.data, p.params.dgate.dtype, number * columns + column, dgate);
-      gradient[0] *= open;
-      store_from_float(p.scratch.dout, in.q.dtype, number * columns + column, gradient);
-      gradient[0] =
-          read(TokenTensor{p.scratch.dout, in.q.dtype}, number * columns + column);  // as products will know it
-    }
-    delta = fmaf(gradient[0], result, delta);
-  }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) delta += __shfl_xor_sync(kAllLanes, delta, offset);
+  const auto delta_in = [&](auto element) {
+    return row_delta<decltype(element)>(p.params, p.scratch.dout, batch, token, head, lane, 32);
+  };
+  float delta = in.q.dtype == DType::f32    ? delta_in(float())
+                : in.q.dtype == DType::bf16 ? delta_in(__nv_bfloat16())
+                                            : delta_in(__half());
   if (lane != 0) return;
   const int64_t index = (batch * in.query_heads + head) * in.queries.tokens + token;
   if (p.params.dlse.data) delta -= static_cast<const float*>(p.params.dlse.data)[index];
