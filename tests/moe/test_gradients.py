@@ -117,8 +117,6 @@ def test_recomputation_changes_no_bit(case, dtype, device):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_is_kept(recompute, device):
     """x, 2 I a row, and 4 bytes a row beside parameters and inputs; without 2 I where that is computed again."""
-    if device == "cuda":
-        pytest.skip("no kernels yet")
     case = Case(tokens=64, weights_dtype=torch.float32, options={"recompute": recompute})
     tensors = case.inputs(torch.bfloat16, device)
     inputs = {t.data_ptr() for t in tensors.values()}
@@ -155,8 +153,6 @@ def test_frozen_inputs_get_no_gradient(case, device):
 
 def test_frozen_experts_keep_no_x(device):
     """As under LoRA: a gradient for x alone needs what was before the activation, and x not."""
-    if device == "cuda":
-        pytest.skip("no kernels yet")
     case = Case(tokens=64)
     tensors = case.inputs(torch.bfloat16, device)
     tensors["x"].requires_grad_()

@@ -27,13 +27,22 @@ def test_slices(case, dtype, device):
     expected, grads = case.run(inlay, tensors), gradients(case, inlay, tensors, dy)
     strided = {name: _wider(t) if t.is_floating_point() else t for name, t in tensors.items()}
     strided["indices"] = torch.stack([tensors["indices"]] * 2, -1)[..., 0]
-    assert_same_bits(case.run(inlay, strided), expected, "y")
+    # On CUDA other kernels may serve rows that no bulk copy can read.
+    same = assert_same_bits if device == "cpu" or dtype == F32 else _assert_close
+    same(case.run(inlay, strided), expected, "y")
     leaves = {name: strided[name].detach().requires_grad_() for name in grads}
     y = case.run(inlay, {**strided, **leaves})
     for (name, wanted), grad in zip(
         grads.items(), torch.autograd.grad(y, list(leaves.values()), _wider(dy)), strict=True
     ):
-        assert_same_bits(grad, wanted, f"d{name}")
+        same(grad, wanted, f"d{name}")
+
+
+def _assert_close(actual, expected, what):
+    """To a few roundings, of sums as large as the tensor's largest."""
+    largest = float(expected.abs().max())
+    error = float((actual.double() - expected.double()).abs().max())
+    assert error <= 8 * torch.finfo(expected.dtype).eps * largest, f"{what}: {error} of {largest}"
 
 
 def test_columns(device):

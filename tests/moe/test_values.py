@@ -12,6 +12,9 @@ from tests.support.compare import assert_same_bits, assert_within_budget
 from tests.support.devices import each_dtype
 
 
+_FEW_CHOICES = 128  # of tokens times slots, that CUDA has kernels of their own for
+
+
 @each_dtype()
 @pytest.mark.parametrize("case", [*MODELS, *OPTIONS], ids=str)
 def test_models_and_options(case, device, dtype):
@@ -50,15 +53,19 @@ def test_many_tokens(device):
 @pytest.mark.parametrize("case", [Case(), Case(options={"transposed": True}, biases=True), MODELS[2]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_does_not_depend_on_others(case, dtype, device):
-    """The same bits alone, among a few, and among many."""
+    """The same bits alone, among a few, and among many; on CUDA few have kernels of their own."""
     case = Case(**{**vars(case), "tokens": 200, "hidden": 300, "intermediate": 70})
     tensors = case.inputs(dtype, device)
     whole = case.run(inlay, tensors)
     for count in (1, 2, 3, 5, 20, 90):
         few = {name: t[:count] if t.shape[:1] == (200,) else t for name, t in tensors.items()}
-        tolerant = device == "cuda"  # where the reference still stands in
-        if not tolerant:
-            assert_same_bits(case.run(inlay, few), whole[:count], f"y of {count}")
+        y = case.run(inlay, few)
+        if device == "cuda" and few["indices"].numel() <= _FEW_CHOICES:
+            torch.testing.assert_close(y, whole[:count])
+            alone = {name: t[:1] if t.shape[:1] == (count,) else t for name, t in few.items()}
+            assert_same_bits(case.run(inlay, alone), y[:1], f"y of 1 and {count}")
+        else:
+            assert_same_bits(y, whole[:count], f"y of {count}")
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)

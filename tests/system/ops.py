@@ -6,6 +6,7 @@ import torch
 
 import inlay  # noqa: F401  (loads the libraries)
 
+
 def registered() -> list[str]:
     """Names without the namespace, sorted."""
     names = torch._C._dispatch_get_all_op_names()

@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "moe/cuda/tile_sizes.h"
+#include "moe/cuda/tile_order.cuh"
 #include "moe/params.h"
 
 namespace inlay::moe::cuda {
@@ -15,10 +15,9 @@ struct RowProductArguments {
   CUtensorMap matrix;   // of every expert
   CUtensorMap results;  // [capacity, width] of kResults
   const void* gathered = nullptr;
-  int64_t gathered_stride = 0;
+  uint32_t gathered_stride = 0;     // in bytes
   const int32_t* tokens = nullptr;  // of padded rows
-  const int32_t* ends = nullptr;    // of experts
-  int experts = 0;
+  TileTable table;
   int depth = 0;  // that is summed over
   int column_tiles = 0;
   bool halves = false;  // columns are those of gates, and of what they gate, apart
@@ -42,6 +41,7 @@ struct RowProductConfig {
   using T = T_;
   static constexpr RowStep kStep = kStep_;
   static constexpr bool kTransposed = kTransposed_;  // the matrix has the summed dimension as rows
+  using Memory = TileMemory<64>;
   static constexpr bool kGathers = kStep == RowStep::kFirst || kStep == RowStep::kActivations;
 };
 

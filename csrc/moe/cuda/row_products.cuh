@@ -1,8 +1,9 @@
 // Products of experts' rows and matrices for 16-bit values on Hopper: a tile of 128 rows of one expert, by 256 columns.
 //
-//   kFirst        h = x_rows gate_up_proj', a = activation(h)             rows gathered by their tokens
-//   kResults      results = a down_proj', or dx = dh gate_up_proj         padded rows
-//   kActivations  dA' = dy_rows down_proj, and from it and h: dh, a       rows gathered
+//   kFirst        h = x_rows gate_up_proj', a = activation(h)             rows
+//   gathered by their tokens kResults      results = a down_proj', or dx = dh
+//   gate_up_proj         padded rows kActivations  dA' = dy_rows down_proj, and
+//   from it and h: dh, a       rows gathered
 //
 // A block stays on its multiprocessor and takes tiles in turn. Two warps fetch: matrices by the copy engine, and so
 // padded rows; gathered ones thread by thread, 16 bytes each. Two warpgroups multiply 64 rows each; the second has a
@@ -27,43 +28,55 @@ __device__ __forceinline__ BoxPlace matrix_box(const RowProductArguments& p, int
 }
 
 template <class C>
-__device__ __forceinline__ void fetch_gathered(const RowProductArguments& p, TileControl& control, uint32_t shared) {
+__device__ __forceinline__ void fetch_gathered(const RowProductArguments& p, Ring<typename C::Memory>& ring,
+                                               uint32_t shared) {
   using T = typename C::T;
+  using Memory = typename C::Memory;
   constexpr int kRowStep = kFetchThreads / 8, kCopies = kTileRows / kRowStep;
   const unsigned thread = threadIdx.x;
   const int piece_column = thread % 8 * 8, first_row = thread / 8;
-  const uint32_t to = shared + Tile<T, kTileRows, kTileDepth>::offset(first_row, piece_column);
-  Turn<kStages> turn;
-  int expert = 0;
-  const int tiles = control.order.tiles[p.experts];
+  const uint32_t to = shared + Tile<T, kTileRows, Memory::kDepth>::offset(first_row, piece_column);
+  Turn<Memory::kStages> turn;
+  TileOrder order(p.table, p.column_tiles);
+  // The next tile's tokens are read while this one's rows are fetched.
+  int tokens[kCopies];
+  RowTile next{};
+  const auto look_ahead = [&](int index) {
+    if (index >= order.tiles) return;
+    next = order.find(index);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int row = first_row + i * kRowStep;
+      tokens[i] = row < next.rows ? p.tokens[next.first_padded + next.row + row] : -1;
+    }
+  };
+  look_ahead(blockIdx.x);
 #pragma unroll 1
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    expert = control.order.expert_of(index, expert, p.experts);
-    const RowTile tile = control.order.find_tile(index, expert);
+  for (int index = blockIdx.x; index < order.tiles; index += gridDim.x) {
+    const RowTile tile = next;
     const T* from[kCopies];
     unsigned wanted = 0;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int row = first_row + i * kRowStep;
-      const int token = row < tile.rows ? p.tokens[tile.first_padded + tile.row + row] : -1;
-      wanted |= (token >= 0 ? 1u : 0u) << i;
-      from[i] = static_cast<const T*>(p.gathered) + max(token, 0) * p.gathered_stride + piece_column;
+      wanted |= (tokens[i] >= 0 ? 1u : 0u) << i;
+      from[i] = row_of<T>(p.gathered, p.gathered_stride, tokens[i]) + piece_column;
     }
+    look_ahead(index + gridDim.x);
     const bool both_halves = tile.rows > kTileRows / 2;
 #pragma unroll 1
-    for (int depth = 0; depth < p.depth; depth += kTileDepth) {
-      Barrier& full = control.ring.full[turn.stage];
-      wait_at(control.ring.free[turn.stage], turn.phase + 1);
+    for (int depth = 0; depth < p.depth; depth += Memory::kDepth) {
+      Barrier& full = ring.full[turn.stage];
+      wait_at(ring.free[turn.stage], turn.phase + 1);
       if (thread == 0) {
-        expect_bytes(full, kBoxes * kBoxBytes, 0);
-        fetch_columns(shared + turn.stage * kStageBytes + kRowBytes, p.matrix, tile.expert, full,
-                      [&](int box) { return matrix_box<C>(p, tile.column_tile, box, depth); });
+        expect_bytes(full, kBoxes * Memory::kBoxBytes, 0);
+        fetch_columns<Memory>(shared + turn.stage * Memory::kStageBytes + Memory::kRowBytes, p.matrix, tile.expert,
+                              full, [&](int box) { return matrix_box<C>(p, tile.column_tile, box, depth); });
       }
       const bool within = depth + piece_column < p.depth;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if (i < kCopies / 2 || both_halves) {
-          copy_async_or_zero(to + turn.stage * kStageBytes + i * kRowStep * 128, from[i] + (within ? depth : 0),
+          copy_async_or_zero(to + turn.stage * Memory::kStageBytes + i * kRowStep * 128, from[i] + (within ? depth : 0),
                              within && (wanted >> i & 1));
         }
       }
@@ -74,24 +87,24 @@ __device__ __forceinline__ void fetch_gathered(const RowProductArguments& p, Til
 }
 
 template <class C>
-__device__ __forceinline__ void fetch_padded(const RowProductArguments& p, TileControl& control, uint32_t shared) {
-  Turn<kStages> turn;
-  int expert = 0;
-  const int tiles = control.order.tiles[p.experts];
+__device__ __forceinline__ void fetch_padded(const RowProductArguments& p, Ring<typename C::Memory>& ring,
+                                             uint32_t shared) {
+  using Memory = typename C::Memory;
+  Turn<Memory::kStages> turn;
+  TileOrder order(p.table, p.column_tiles);
 #pragma unroll 1
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    expert = control.order.expert_of(index, expert, p.experts);
-    const RowTile tile = control.order.find_tile(index, expert);
+  for (int index = blockIdx.x; index < order.tiles; index += gridDim.x) {
+    const RowTile tile = order.find(index);
     if (threadIdx.x == 0) {
 #pragma unroll 1
-      for (int depth = 0; depth < p.depth; depth += kTileDepth) {
-        Barrier& full = control.ring.full[turn.stage];
-        const uint32_t to = shared + turn.stage * kStageBytes;
-        wait_at(control.ring.free[turn.stage], turn.phase + 1);
-        expect_bytes(full, kStageBytes, 0);
+      for (int depth = 0; depth < p.depth; depth += Memory::kDepth) {
+        Barrier& full = ring.full[turn.stage];
+        const uint32_t to = shared + turn.stage * Memory::kStageBytes;
+        wait_at(ring.free[turn.stage], turn.phase + 1);
+        expect_bytes(full, Memory::kStageBytes, 0);
         fetch_box(to, p.rows, depth, tile.first_padded + tile.row, 0, 0, full);
-        fetch_columns(to + kRowBytes, p.matrix, tile.expert, full,
-                      [&](int box) { return matrix_box<C>(p, tile.column_tile, box, depth); });
+        fetch_columns<Memory>(to + Memory::kRowBytes, p.matrix, tile.expert, full,
+                              [&](int box) { return matrix_box<C>(p, tile.column_tile, box, depth); });
         turn.next();
       }
     }
@@ -100,58 +113,74 @@ __device__ __forceinline__ void fetch_padded(const RowProductArguments& p, TileC
 }
 
 template <class C>
-__device__ __forceinline__ void multiply_rows(const RowProductArguments& p, TileControl& control, uint32_t shared,
-                                              int group) {
+__device__ __forceinline__ void multiply_rows(const RowProductArguments& p, Ring<typename C::Memory>& ring,
+                                              uint32_t shared, int group) {
   using T = typename C::T;
-  const int stages = (p.depth + kTileDepth - 1) / kTileDepth;
-  const uint32_t results = shared + kResultsAt + group * kResultBytes;
-  Turn<kStages> turn;
-  int expert = 0, count = 0;
-  const int tiles = control.order.tiles[p.experts];
+  using Memory = typename C::Memory;
+  const int stages = (p.depth + Memory::kDepth - 1) / Memory::kDepth;
+  Turn<Memory::kStages> turn;
+  int count = 0;
+  TileOrder order(p.table, p.column_tiles);
 #pragma unroll 1
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    expert = control.order.expert_of(index, expert, p.experts);
-    const RowTile tile = control.order.find_tile(index, expert);
+  for (int index = blockIdx.x; index < order.tiles; index += gridDim.x) {
+    const RowTile tile = order.find(index);
     if (tile.rows <= group * 64) {
-      pass_stages(control.ring, turn, stages);
+      pass_stages(ring, turn, stages);
       continue;
     }
     Accumulator c[kTileColumns / 8];
-    multiply_stages<T, false, C::kTransposed, C::kGathers>(c, control.ring, turn, shared, stages, group);
+    multiply_stages<T, false, C::kTransposed, C::kGathers>(c, ring, turn, shared, stages, group);
     if (p.bias.data) add_bias<T>(p, tile, C::kStep == RowStep::kFirst && p.halves, c);
-    hand_over<T, false>(c, control.ring, results, group, count++);
+    hand_over<T, false>(c, ring, shared, group, count++);
   }
 }
 
 // What becomes of the results: plain ones go as they are, by one thread.
 template <class C>
-__device__ __forceinline__ void store_tiles(const RowProductArguments& p, TileControl& control, uint32_t shared) {
+__device__ __forceinline__ void store_tiles(const RowProductArguments& p, Ring<typename C::Memory>& ring,
+                                            uint32_t shared) {
   using T = typename C::T;
+  using Memory = typename C::Memory;
   const bool plain = is_plain(p);
-  int expert = 0, count[kGroups] = {};
-  const int tiles = control.order.tiles[p.experts];
+  const int first_block = threadIdx.x / 32 % kStoreWarps;
+  int counts[kGroups] = {};
+  TileOrder order(p.table, p.column_tiles);
+  if constexpr (C::kStep == RowStep::kResults) {
+    for (Barrier& free : ring.results_free) {
+      if (threadIdx.x == kFetchThreads) arrive(free);
+    }
+  } else {
+    for (Barrier& free : ring.results_free) arrive_as_warp(free);
+  }
+  RowTile next{};
+  float next_weight = 0.0f;
+  if (blockIdx.x < order.tiles) {
+    next = order.find(blockIdx.x);
+    if (C::kStep == RowStep::kActivations) next_weight = look_ahead<T>(p, next, first_block * 16);
+  }
 #pragma unroll 1
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    expert = control.order.expert_of(index, expert, p.experts);
-    const RowTile tile = control.order.find_tile(index, expert);
-#pragma unroll
+  for (int index = blockIdx.x; index < order.tiles; index += gridDim.x) {
+    const RowTile tile = next;
+    const bool more = index + gridDim.x < order.tiles;
+    if (more) next = order.find(index + gridDim.x);
+#pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
       if (tile.rows <= group * 64) continue;
-      const uint32_t results = shared + kResultsAt + group * kResultBytes;
-      const auto wait = [&] { wait_at(control.ring.results_full[group], count[group]++); };
+      const uint32_t results = results_of<Memory>(shared, group);
+      const auto wait = [&] { wait_at(ring.results_full[group], group == 0 ? counts[0]++ : counts[1]++); };
       if constexpr (C::kStep == RowStep::kResults) {
         if (threadIdx.x == kFetchThreads) {
           wait();
           for (int box = 0; box < kBoxes; ++box) {
             store_box(p.results, tile.column_tile * kTileColumns + box * 64, tile.first_padded + tile.row + group * 64,
-                      0, 0, results + box * kBoxBytes);
+                      0, 0, results + box * kSquareBytes);
           }
           wait_for_stores();
-          arrive(control.ring.results_free[group]);
+          arrive(ring.results_free[group]);
         }
         __syncwarp();
       } else {
-        for (int block = threadIdx.x / 32 % kStoreWarps; block < 4; block += kStoreWarps) {
+        for (int block = first_block; block < 4; block += kStoreWarps) {
           const BlockRows rows(tile, group, block);
           const auto wait_once = [&] {
             if (block < kStoreWarps) wait();
@@ -163,13 +192,23 @@ __device__ __forceinline__ void store_tiles(const RowProductArguments& p, TileCo
             } else {
               store_activations<T, false>(p, rows, tile, results);
             }
-          } else if (plain) {
-            store_activation_gradients<T, true>(p, rows, tile, results, wait_once);
           } else {
-            store_activation_gradients<T, false>(p, rows, tile, results, wait_once);
+            const float weight = next_weight;
+            if (block + kStoreWarps < 4) {
+              next_weight = look_ahead<T>(p, tile, group * 64 + (block + kStoreWarps) * 16);
+            } else if (group == 0 && tile.rows > 64) {
+              next_weight = look_ahead<T>(p, tile, 64 + first_block * 16);
+            } else if (more) {
+              next_weight = look_ahead<T>(p, next, first_block * 16);
+            }
+            if (plain) {
+              store_activation_gradients<T, true>(p, rows, tile, results, weight, wait_once);
+            } else {
+              store_activation_gradients<T, false>(p, rows, tile, results, weight, wait_once);
+            }
           }
         }
-        arrive_as_warp(control.ring.results_free[group]);
+        arrive_as_warp(ring.results_free[group]);
       }
     }
   }
@@ -181,24 +220,25 @@ __device__ __forceinline__ void store_tiles(const RowProductArguments& p, TileCo
 template <class C>
 __global__ __launch_bounds__(kTileThreads, 1) void row_product_kernel(const __grid_constant__ RowProductArguments p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Memory = typename C::Memory;
   char* const memory = dynamic_shared();
   const uint32_t shared = shared_address(memory);
-  auto& control = *reinterpret_cast<TileControl*>(memory + kControlAt);
+  auto& ring = *reinterpret_cast<Ring<Memory>*>(memory + Memory::kControlAt);
   if (threadIdx.x == 0)
-    init_ring(control.ring, C::kGathers ? kFetchThreads : 0, C::kStep == RowStep::kResults ? 1 : kStoreWarps);
+    init_ring(ring, C::kGathers ? kFetchThreads : 0, C::kStep == RowStep::kResults ? 1 : kStoreWarps);
   wait_for_predecessor();
-  find_tiles(control.order, p.ends, p.experts, p.column_tiles);
+  __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < kFetchThreads / 32) {
     if constexpr (C::kGathers) {
-      fetch_gathered<C>(p, control, shared);
+      fetch_gathered<C>(p, ring, shared);
     } else if (warp == 0) {
-      fetch_padded<C>(p, control, shared);
+      fetch_padded<C>(p, ring, shared);
     }
   } else if (warp < 4) {
-    store_tiles<C>(p, control, shared);
+    store_tiles<C>(p, ring, shared);
   } else {
-    multiply_rows<C>(p, control, shared, warp / 4 - 1);
+    multiply_rows<C>(p, ring, shared, warp / 4 - 1);
   }
 #endif
 }

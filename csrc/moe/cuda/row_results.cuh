@@ -8,13 +8,6 @@
 
 namespace inlay::moe::cuda {
 
-struct TileControl {
-  Ring ring;
-  TileOrder order;
-};
-constexpr int kTileSharedBytes = kControlAt + static_cast<int>(sizeof(TileControl));
-static_assert(kTileSharedBytes <= 227 << 10);
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 template <typename T>
@@ -24,7 +17,8 @@ using Square = TileView<T, 64, 64>;
 struct BlockRows {
   int first;                 // of the square
   int count;                 // that are no padding, of the tile from here on
-  int64_t padded, unpadded;  // where the first one is, among padded rows and among those in their order
+  int64_t padded, unpadded;  // where the first one is, among padded rows and
+                             // among those in their order
 
   __device__ BlockRows(const RowTile& tile, int group, int block)
       : first(block * 16),
@@ -181,7 +175,7 @@ __device__ __forceinline__ void store_activations(const RowProductArguments& p, 
   const int width = gated ? 2 * p.intermediate : p.intermediate, lane = threadIdx.x % 32, part = lane % 8 * 8;
 #pragma unroll 1
   for (int pair = 0; pair < 2; ++pair) {  // of squares
-    const Square<T> first{results + pair * 2 * kBoxBytes}, second{first.base + kBoxBytes};
+    const Square<T> first{results + pair * 2 * kSquareBytes}, second{first.base + kSquareBytes};
     // In turns, a lane's two pieces are neighbours; ungated, they are of columns 64 apart.
     const Square<T> of_turn = part < 32 ? first : second;
     const int in_square = 2 * part % 64;
@@ -204,7 +198,8 @@ __device__ __forceinline__ void store_activations(const RowProductArguments& p, 
       float gates[8], ups[8], none[8] = {};
       unpack_gates<T>(pieces, in_turns, gates, ups);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {  // a bias may have reached padding; of 0, every activation is 0
+      for (int j = 0; j < 8; ++j) {  // a bias may have reached padding; of 0,
+                                     // every activation is 0
         gates[j] = real ? gates[j] : 0.0f;
         ups[j] = real ? ups[j] : 0.0f;
       }
@@ -217,34 +212,54 @@ __device__ __forceinline__ void store_activations(const RowProductArguments& p, 
   }
 }
 
+// What a warp asks for ahead, of the 16 rows that it will have next: few loads are under way at a time, and to wait for
+// memory with each would take longer than the products. h comes to the L2 cache; a lane gets one row's weight.
+template <typename T>
+__device__ __forceinline__ float look_ahead(const RowProductArguments& p, const RowTile& tile, int first_row) {
+  const bool gated = p.gating.gated, in_turns = gated && !p.halves;
+  const int width = gated ? 2 * p.intermediate : p.intermediate, times = in_turns ? 2 : 1;
+  const int first = tile.column_tile * kTileColumns, lane = threadIdx.x % 32;
+  const int64_t unpadded = static_cast<int64_t>(tile.first_row) + tile.row + first_row;
+  const int row = lane / 2, half = lane % 2;
+  if (first_row + row < tile.rows && (half == 0 || p.halves)) {
+    const int64_t at = (unpadded + row) * width + first * times + half * p.intermediate;
+    prefetch_bytes_to_l2(static_cast<const T*>(p.saved_h) + at,
+                         min(kTileColumns, p.intermediate - first) * times * static_cast<int>(sizeof(T)));
+  }
+  const int own = lane % 16;
+  if (first_row + own >= tile.rows) return 0.0f;
+  if (!p.weights.data) return 1.0f;
+  const int slot = p.slots[unpadded + own];
+  return p.weights.dtype == DType::f32 ? static_cast<const float*>(p.weights.data)[slot]
+                                       : to_float(static_cast<const T*>(p.weights.data)[slot]);
+}
+
 // The gradient's: with dA' the sums, a row's weight w, and a its activation: a w, dh, and <dA', a>. dA' is rounded, as
 // it is where nothing is fused. h is on its way while `wait` waits for the sums, and while the square before is used.
+// `own_weight` is look_ahead()'s. Two rows of a lane are worked on together, and nothing branches, so that the one warp
+// that a scheduler has for this always has something to start.
 template <typename T, bool kPlain, class Wait>
 __device__ __forceinline__ void store_activation_gradients(const RowProductArguments& p, const BlockRows& rows,
-                                                           const RowTile& tile, uint32_t results, Wait wait) {
-  constexpr int kRows = 4;  // of a lane: every fourth from lane / 8
+                                                           const RowTile& tile, uint32_t results, float own_weight,
+                                                           Wait wait) {
+  constexpr int kRows = 4, kTogether = kPlain ? 2 : 1;  // rows of a lane: every fourth from lane / 8
   const bool in_turns = !kPlain && p.gating.gated && !p.halves;
   const int width = kPlain || p.gating.gated ? 2 * p.intermediate : p.intermediate, lane = threadIdx.x % 32;
   const int first_activation = tile.column_tile * kTileColumns + lane % 8 * 8;
   float weight[kRows], sum[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const int row = lane / 8 + 4 * i;
-    const bool real = row < rows.count;
     sum[i] = 0.0f;
-    weight[i] = real ? 1.0f : 0.0f;
-    if (real && p.weights.data) {
-      const int slot = p.slots[rows.unpadded + row];
-      weight[i] = p.weights.dtype == DType::f32 ? static_cast<const float*>(p.weights.data)[slot]
-                                                : to_float(static_cast<const T*>(p.weights.data)[slot]);
-    }
+    weight[i] = __shfl_sync(0xffffffffu, own_weight, lane / 8 + 4 * i);
   }
   const int64_t first_row = rows.unpadded + lane / 8, first_padded = rows.padded + lane / 8;
   const T* const saved = static_cast<const T*>(p.saved_h) + first_row * width;
+  T* const dh = static_cast<T*>(p.dh) + first_padded * width;
+  T* const a = static_cast<T*>(p.a) + first_padded * p.intermediate;
   uint4 pieces[kRows][2];
   const auto read = [&](int i, int square) {
     const GatePlaces at(p, in_turns, first_activation + square * 64);
-    const bool real = lane / 8 + 4 * i < rows.count;
+    const bool real = lane / 8 + 4 * i < rows.count && square < kBoxes;
     pieces[i][0] = read_piece(saved + 4 * i * width, at.first, at.first_end, real);
     pieces[i][1] = read_piece(saved + 4 * i * width, at.second, at.second_end, real);
   };
@@ -255,25 +270,32 @@ __device__ __forceinline__ void store_activation_gradients(const RowProductArgum
   for (int square = 0; square < kBoxes; ++square) {
     const int activation = first_activation + square * 64;
     const GatePlaces at(p, in_turns, activation);
+    const int first_end = p.dh ? at.first_end : 0, second_end = p.dh ? at.second_end : 0;
+    const int a_end = p.a ? p.intermediate : 0;
+    const Square<T> sums{results + square * kSquareBytes};
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      float gradients[8], gates[8], ups[8];
-      unpack_piece<T>(
-          load_shared(Square<T>{results + square * kBoxBytes}.address(rows.first + lane / 8 + 4 * i, lane % 8 * 8)),
-          gradients);
-      unpack_gates<T>(pieces[i], in_turns, gates, ups);
-      if (square + 1 < kBoxes) read(i, square + 1);
-      activate_piece_backward<T, kPlain>(p.gating, weight[i], gradients, gates, ups, sum[i]);
-      if (p.dh) {
-        uint4 slopes[2];
-        pack_gates<T>(gates, ups, in_turns, slopes);
-        T* const dh = static_cast<T*>(p.dh) + (first_padded + 4 * i) * width;
-        write_piece(dh, at.first, at.first_end, slopes[0]);
-        write_piece(dh, at.second, at.second_end, slopes[1]);
+    for (int first = 0; first < kRows; first += kTogether) {
+      float gradients[kTogether][8], gates[kTogether][8], ups[kTogether][8];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int i = first + j;
+        unpack_piece<T>(load_shared(sums.address(rows.first + lane / 8 + 4 * i, lane % 8 * 8)), gradients[j]);
+        unpack_gates<T>(pieces[i], in_turns, gates[j], ups[j]);
       }
-      if (p.a) {
-        write_piece(static_cast<T*>(p.a) + (first_padded + 4 * i) * p.intermediate, activation, p.intermediate,
-                    pack_piece<T>(gradients));
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) read(first + j, square + 1);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        activate_piece_backward<T, kPlain>(p.gating, weight[first + j], gradients[j], gates[j], ups[j], sum[first + j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int i = first + j;
+        uint4 slopes[2];
+        pack_gates<T>(gates[j], ups[j], in_turns, slopes);
+        write_piece(dh + 4 * i * width, at.first, first_end, slopes[0]);
+        write_piece(dh + 4 * i * width, at.second, second_end, slopes[1]);
+        write_piece(a + 4 * i * p.intermediate, activation, a_end, pack_piece<T>(gradients[j]));
       }
     }
   }

@@ -1,6 +1,9 @@
 // How scratch memory is divided up between the steps.
 #pragma once
 
+#include <cstdint>
+#include <stdexcept>
+
 #include "moe/cuda/general.h"
 #include "moe/cuda/tile_sizes.h"
 #include "moe/cuda/tiles.h"
@@ -28,9 +31,12 @@ class Parts {
     PaddedRows padded;
     padded.unit = kPaddedUnit;
     padded.capacity = padded_capacity(in, padded.unit);
+    if (padded.capacity > INT32_MAX) throw std::runtime_error("moe_experts: indices has too many elements for CUDA");
     padded.tokens = take<int32_t>(padded.capacity);
     padded.places = take<int32_t>(in.most_rows());
     padded.experts = take<int32_t>(padded.capacity / padded.unit);
+    padded.units_before = take<int32_t>(in.experts + 1);
+    padded.tiles_before = take<int32_t>(in.experts + 1);
     return padded;
   }
 

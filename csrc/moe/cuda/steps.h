@@ -20,6 +20,9 @@ struct PaddedRows {
   int32_t* tokens = nullptr;   // [capacity] of each row its token, -1: padding, or beyond all rows
   int32_t* places = nullptr;   // [T * K] of each slot its padded row, -1: it has no expert
   int32_t* experts = nullptr;  // [capacity / unit] of each unit its expert, -1: beyond all rows
+  // [E + 1] units, and tiles of two, before each expert, and before none: written and read by the Hopper kernels.
+  int32_t* units_before = nullptr;
+  int32_t* tiles_before = nullptr;
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

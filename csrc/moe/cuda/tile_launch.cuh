@@ -18,12 +18,15 @@ inline dim3 blocks_for(int64_t tiles) {
 
 template <class Config>
 void start_row_product(const RowProductArguments& arguments, int64_t tiles, void* stream) {
-  start<row_product_kernel<Config>, kTileThreads, kTileSharedBytes>(arguments, blocks_for(tiles), stream);
+  static_assert(kTileSharedBytes<typename Config::Memory> <= 227 << 10);
+  start<row_product_kernel<Config>, kTileThreads, kTileSharedBytes<typename Config::Memory>>(arguments,
+                                                                                             blocks_for(tiles), stream);
 }
 
 template <class Config>
 void start_matrix_gradient(const MatrixGradientArguments& arguments, void* stream) {
-  start<matrix_gradient_kernel<Config>, kTileThreads, kTileSharedBytes>(arguments, blocks_for(arguments.tiles), stream);
+  start<matrix_gradient_kernel<Config>, kTileThreads, kTileSharedBytes<typename Config::Memory>>(
+      arguments, blocks_for(arguments.tiles), stream);
 }
 
 }  // namespace inlay::moe::cuda

@@ -1,9 +1,9 @@
 // The ring of stages that tiles' operands pass through, and the two sides of it: who fetches, and who multiplies.
 //
-// A stage has 64 of the summed dimension: of 128 rows, and of 256 columns of a matrix, as four boxes of 64 columns. It
-// is free when all warps have read it. (Blocks of a cluster that fetch half of the columns for each other are slower:
-// on an H200 470 TFLOP/s instead of 700 where 1536 is summed over. Each then waits for the slower of both, every
-// stage.)
+// A stage has some of the summed dimension: of 128 rows, and of 256 columns of a matrix, as four boxes of 64 columns.
+// It is free when all warps have read it. (Blocks of a cluster that fetch half of the columns for each other are
+// slower: on an H200 470 TFLOP/s instead of 700 where 1536 is summed over. Each then waits for the slower of both,
+// every stage.)
 #pragma once
 
 #include "common/cuda/tensor_map.cuh"
@@ -14,20 +14,25 @@ namespace inlay::moe::cuda {
 
 using namespace inlay::cuda;
 
+template <class M>
 struct Ring {
-  Barrier full[kStages];
-  Barrier free[kStages];
-  // The same for the results of each group that multiplies: they are stored while it goes on with the next tile.
+  Barrier full[M::kStages];
+  Barrier free[M::kStages];
+  // A group's rounded sums are in their place; and the place is free for a group's next ones, which its first ones must
+  // be told as well.
   Barrier results_full[kGroups];
   Barrier results_free[kGroups];
 };
+template <class M>
+constexpr int kTileSharedBytes = M::kControlAt + static_cast<int>(sizeof(Ring<M>));
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // By one thread. `copying`: how many threads fetch with copies of their own, beside the one that starts bulk copies.
 // `storing`: how many arrivals say that results have been read.
-__device__ __forceinline__ void init_ring(Ring& ring, int copying, int storing) {
-  for (int i = 0; i < kStages; ++i) {
+template <class M>
+__device__ __forceinline__ void init_ring(Ring<M>& ring, int copying, int storing) {
+  for (int i = 0; i < M::kStages; ++i) {
     init_barrier(ring.full[i], 1 + copying);
     init_barrier(ring.free[i], kGroups * 4);
   }
@@ -42,29 +47,36 @@ __device__ __forceinline__ void init_ring(Ring& ring, int copying, int storing) 
 struct BoxPlace {
   int column, row, head;
 };
-template <class At>
+template <class M, class At>
 __device__ __forceinline__ void fetch_columns(uint32_t to, const CUtensorMap& map, int expert, Barrier& full, At at) {
 #pragma unroll
   for (int box = 0; box < kBoxes; ++box) {
     const BoxPlace place = at(box);
-    fetch_box(to + box * kBoxBytes, map, place.column, place.row, place.head, expert, full);
+    fetch_box(to + box * M::kBoxBytes, map, place.column, place.row, place.head, expert, full);
   }
+}
+
+// The row of a token; of none, the first, which nobody reads.
+template <typename T>
+__device__ __forceinline__ const T* row_of(const void* rows, uint32_t stride, int token) {
+  const uint64_t offset = static_cast<uint64_t>(static_cast<uint32_t>(max(token, 0))) * stride;
+  return reinterpret_cast<const T*>(static_cast<const char*>(rows) + offset);
 }
 
 // c = the sums over `count` stages, one or more, of this group's 64 rows times the columns. `kCopied`: threads, rather
 // than the copy engine, fetched the rows.
-template <typename T, bool kTransposedRows, bool kTransposedColumns, bool kCopied>
-__device__ __forceinline__ void multiply_stages(Accumulator (&c)[kTileColumns / 8], Ring& ring, Turn<kStages>& turn,
-                                                uint32_t shared, int count, int group) {
-  constexpr int kSteps = kTileDepth / 16;
+template <typename T, bool kTransposedRows, bool kTransposedColumns, bool kCopied, class M>
+__device__ __forceinline__ void multiply_stages(Accumulator (&c)[kTileColumns / 8], Ring<M>& ring,
+                                                Turn<M::kStages>& turn, uint32_t shared, int count, int group) {
+  constexpr int kSteps = M::kDepth / 16;
   constexpr int kRowsStep = kTransposedRows ? 2048 : 32, kColumnsStep = kTransposedColumns ? 2048 : 32;
-  const uint64_t first_rows = matrix_descriptor(shared + group * (kRowBytes / 2), kBoxBytes);
-  const uint64_t first_columns = matrix_descriptor(shared + kRowBytes, kBoxBytes);
+  const uint64_t first_rows = matrix_descriptor(shared + group * (M::kRowBytes / 2), M::kBoxBytes);
+  const uint64_t first_columns = matrix_descriptor(shared + M::kRowBytes, M::kBoxBytes);
   const auto multiply = [&](bool fresh) {
     wait_at(ring.full[turn.stage], turn.phase);
     if (kCopied) publish_shared();  // to the tensor cores
-    const uint64_t rows = advance(first_rows, turn.stage * kStageBytes);
-    const uint64_t columns = advance(first_columns, turn.stage * kStageBytes);
+    const uint64_t rows = advance(first_rows, turn.stage * M::kStageBytes);
+    const uint64_t columns = advance(first_columns, turn.stage * M::kStageBytes);
     begin_products();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -90,7 +102,8 @@ __device__ __forceinline__ void multiply_stages(Accumulator (&c)[kTileColumns / 
 }
 
 // What a group does whose rows are all padding: it only passes the stages on.
-__device__ __forceinline__ void pass_stages(Ring& ring, Turn<kStages>& turn, int count) {
+template <class M>
+__device__ __forceinline__ void pass_stages(Ring<M>& ring, Turn<M::kStages>& turn, int count) {
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     wait_at(ring.full[turn.stage], turn.phase);
@@ -99,16 +112,22 @@ __device__ __forceinline__ void pass_stages(Ring& ring, Turn<kStages>& turn, int
   }
 }
 
+template <class M>
+__device__ __forceinline__ uint32_t results_of(uint32_t shared, int group) {
+  return shared + M::kResultsAt + group * kResultBytes;
+}
+
 // Hands a group's rounded sums over: as squares of 64 by 64 or, turned over, these transposed. `count`: how often
 // before.
-template <typename T, bool kTurnsOver>
-__device__ __forceinline__ void hand_over(const Accumulator (&c)[kTileColumns / 8], Ring& ring, uint32_t results,
+template <typename T, bool kTurnsOver, class M>
+__device__ __forceinline__ void hand_over(const Accumulator (&c)[kTileColumns / 8], Ring<M>& ring, uint32_t shared,
                                           int group, int count) {
   const int first_row = threadIdx.x / 32 % 4 * 16;
-  wait_at(ring.results_free[group], count + 1);
+  const uint32_t results = results_of<M>(shared, group);
+  wait_at(ring.results_free[group], count);
 #pragma unroll
   for (int i = 0; i < kTileColumns / 16; ++i) {
-    const TileView<T, 64, 64> square{results + i / 4 * kBoxBytes};
+    const TileView<T, 64, 64> square{results + i / 4 * kSquareBytes};
     const Fragment packed = {pack_pair<T>(c[2 * i][0], c[2 * i][1]), pack_pair<T>(c[2 * i][2], c[2 * i][3]),
                              pack_pair<T>(c[2 * i + 1][0], c[2 * i + 1][1]),
                              pack_pair<T>(c[2 * i + 1][2], c[2 * i + 1][3])};
@@ -122,8 +141,10 @@ __device__ __forceinline__ void hand_over(const Accumulator (&c)[kTileColumns / 
   arrive_as_warp(ring.results_full[group]);
 }
 
-__device__ __forceinline__ void hand_zeros_over(Ring& ring, uint32_t results, int group, int count) {
-  wait_at(ring.results_free[group], count + 1);
+template <class M>
+__device__ __forceinline__ void hand_zeros_over(Ring<M>& ring, uint32_t shared, int group, int count) {
+  const uint32_t results = results_of<M>(shared, group);
+  wait_at(ring.results_free[group], count);
   for (int i = threadIdx.x % 128 * 16; i < kResultBytes; i += 128 * 16) {
     store_shared(results + i, make_uint4(0, 0, 0, 0));
   }

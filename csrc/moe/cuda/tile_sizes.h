@@ -4,9 +4,8 @@
 namespace inlay::moe::cuda {
 
 constexpr int kTileRows = 128, kTileColumns = 256;
-constexpr int kTileDepth = 64;           // of a stage, which is summed over
-constexpr int kPaddedUnit = 64;          // padded.unit of these kernels; half a tile's rows
-constexpr int kMostTiledExperts = 1024;  // of these kernels
+constexpr int kPaddedUnit = 64;  // padded.unit of these kernels; half a tile's rows
+constexpr int kBoxes = kTileColumns / 64;
 
 // Two warps fetch, two store results, and two groups of four multiply, each half of a tile's rows. No more: a product
 // of 256 columns is not compiled for threads that have fewer than 154 registers.
@@ -14,13 +13,18 @@ constexpr int kGroups = 2;
 constexpr int kFetchThreads = 64, kStoreWarps = 2;
 constexpr int kTileThreads = kFetchThreads + kStoreWarps * 32 + kGroups * 128;
 
-constexpr int kRowBytes = kTileRows * kTileDepth * 2, kBoxBytes = 64 * kTileDepth * 2;
-constexpr int kBoxes = kTileColumns / 64;
-constexpr int kStageBytes = kRowBytes + kBoxes * kBoxBytes;
-constexpr int kStages = 3;
+constexpr int kSquareBytes = 64 * 64 * 2;
+constexpr int kResultBytes = kBoxes * kSquareBytes;  // of a group's rounded sums, a square for each box
 
-// Shared memory: the stages; rounded results of each group, [64, 64] for each box; control.
-constexpr int kResultsAt = kStages * kStageBytes, kResultBytes = kBoxes * kBoxBytes;
-constexpr int kControlAt = kResultsAt + kGroups * kResultBytes;
+// Shared memory: stages that have `kDepth` of what is summed over, each group's rounded sums, barriers.
+template <int kDepth_>
+struct TileMemory {
+  static constexpr int kDepth = kDepth_;
+  static constexpr int kStages = 192 / kDepth;
+  static constexpr int kRowBytes = kTileRows * kDepth * 2, kBoxBytes = 64 * kDepth * 2;
+  static constexpr int kStageBytes = kRowBytes + kBoxes * kBoxBytes;
+  static constexpr int kResultsAt = kStages * kStageBytes;
+  static constexpr int kControlAt = kResultsAt + kGroups * kResultBytes;
+};
 
 }  // namespace inlay::moe::cuda

@@ -59,14 +59,18 @@ BoxedTensor padded_rows(const ExpertInputs& in, const void* data, int64_t capaci
 }
 
 bool fits_gathering(const RowTensor& x) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.layout.evenly_spaced() && x.layout.outer_stride % 8 == 0;
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.layout.evenly_spaced() && x.layout.outer_stride % 8 == 0 &&
+         x.layout.outer_stride < int64_t{1} << 31;
+}
+
+TileTable tile_table(const ExpertInputs& in, const Rows& rows, const PaddedRows& padded) {
+  return {rows.ends, padded.units_before, padded.tiles_before, static_cast<int>(in.experts)};
 }
 
 RowProductArguments common_arguments(const ExpertInputs& in, const Rows& rows, const PaddedRows& padded) {
   RowProductArguments arguments{};
   arguments.tokens = padded.tokens;
-  arguments.ends = rows.ends;
-  arguments.experts = static_cast<int>(in.experts);
+  arguments.table = tile_table(in, rows, padded);
   arguments.gating = in.gating;
   arguments.intermediate = static_cast<int>(in.intermediate);
   arguments.slots = rows.slots;
@@ -113,17 +117,17 @@ void matrix_gradient(const BackwardSteps& steps, const RowTensor& gathered, cons
                      const OutputTensor& gradient, bool turns_over, void* stream) {
   const ExpertInputs& in = steps.inputs;
   MatrixGradientArguments arguments{};
-  arguments.columns = make_tensor_map(padded_rows(in, columns, steps.padded.capacity, columns_count, kTileDepth));
+  arguments.columns =
+      make_tensor_map(padded_rows(in, columns, steps.padded.capacity, columns_count, TileMemory<64>::kDepth));
   arguments.gathered = gathered.data;
-  arguments.gathered_stride = gathered.layout.outer_stride;
+  arguments.gathered_stride = static_cast<uint32_t>(gathered.layout.outer_stride * 2);
   arguments.tokens = steps.padded.tokens;
-  arguments.ends = steps.rows.ends;
-  arguments.experts = static_cast<int>(in.experts);
+  arguments.units = steps.padded.units_before;
   arguments.hidden = static_cast<int>(in.hidden);
   arguments.columns_count = static_cast<int>(columns_count);
   arguments.hidden_tiles = static_cast<int>(divide_up(in.hidden, kTileRows));
   arguments.column_tiles = static_cast<int>(divide_up(columns_count, kTileColumns));
-  arguments.tiles = arguments.experts * arguments.hidden_tiles * arguments.column_tiles;
+  arguments.tiles = static_cast<int>(in.experts) * arguments.hidden_tiles * arguments.column_tiles;
   const int64_t rows = turns_over ? columns_count : in.hidden, row = turns_over ? in.hidden : columns_count;
   arguments.gradient =
       make_tensor_map(boxed({gradient.data, in.x.dtype, rows * row, row}, in, rows, row, false, false));
@@ -144,7 +148,7 @@ bool fits_tiles(const ExpertInputs& in, const RowTensor* dy) {
   const int64_t row_tiles =
       padded_capacity(in, kPaddedUnit) / kPaddedUnit *
       divide_up(in.hidden < in.pre_activations() ? in.pre_activations() : in.hidden, kTileColumns);
-  return in.experts <= kMostTiledExperts && in.hidden % 8 == 0 && in.intermediate % 8 == 0 && matrix_tiles < kMost &&
+  return in.experts < kMost && in.hidden % 8 == 0 && in.intermediate % 8 == 0 && matrix_tiles < kMost &&
          row_tiles < kMost && padded_capacity(in, kPaddedUnit) < kMost && fits_gathering(in.x) &&
          (dy == nullptr || fits_gathering(*dy)) && fits_tensor_map(first_matrix(in, has_halves(in))) &&
          fits_tensor_map(second_matrix(in));
@@ -158,7 +162,7 @@ void tiled_activations(const ForwardSteps& steps, void* stream) {
   first.halves = has_halves(in);
   first.matrix = make_tensor_map(first_matrix(in, first.halves));
   first.gathered = in.x.data;
-  first.gathered_stride = in.x.layout.outer_stride;
+  first.gathered_stride = static_cast<uint32_t>(in.x.layout.outer_stride * 2);
   // In halves, a tile has as many columns of each.
   set_columns(first, in.hidden,
               first.halves ? divide_up(in.intermediate, kTileColumns / 2) * kTileColumns : in.pre_activations());
@@ -182,41 +186,55 @@ void tiled_results(const ForwardSteps& steps, void* stream) {
 }
 
 void tiled_forward_products(const ForwardSteps& steps, void* stream) {
+  find_tiles(tile_table(steps.inputs, steps.rows, steps.padded), stream);
   tiled_activations(steps, stream);
   if (steps.results != nullptr) tiled_results(steps, stream);
 }
 
-void tiled_backward_products(const BackwardSteps& steps, void* stream) {
+void tiled_activation_gradients(const BackwardSteps& steps, void* stream) {
   const ExpertInputs& in = steps.inputs;
-  if (steps.a != nullptr || steps.dh != nullptr || steps.weight_parts != nullptr) {
-    RowProductArguments activations = common_arguments(in, steps.rows, steps.padded);
-    activations.halves = has_halves(in);
-    activations.matrix = make_tensor_map(second_matrix(in));
-    activations.gathered = steps.dy.data;
-    activations.gathered_stride = steps.dy.layout.outer_stride;
-    set_columns(activations, in.hidden, in.intermediate);
-    activations.weights = in.weights;
-    activations.saved_h = steps.h;
-    activations.a = steps.a;
-    activations.dh = steps.dh;
-    activations.weight_parts = steps.weight_parts;
-    start<RowStep::kActivations>(in, activations, !in.transposed, stream);
-  }
-  if (steps.dx != nullptr) {
-    RowProductArguments inputs = common_arguments(in, steps.rows, steps.padded);
-    inputs.rows = make_tensor_map(padded_rows(in, steps.dh, steps.padded.capacity, in.pre_activations(), kTileRows));
-    inputs.matrix = make_tensor_map(first_matrix(in, false));
-    set_columns(inputs, in.pre_activations(), in.hidden);
-    inputs.results = make_tensor_map(padded_rows(in, steps.dx, steps.padded.capacity, in.hidden, 64));
-    inputs.width = static_cast<int>(in.hidden);
-    start<RowStep::kResults>(in, inputs, !in.transposed, stream);
-  }
+  RowProductArguments activations = common_arguments(in, steps.rows, steps.padded);
+  activations.halves = has_halves(in);
+  activations.matrix = make_tensor_map(second_matrix(in));
+  activations.gathered = steps.dy.data;
+  activations.gathered_stride = static_cast<uint32_t>(steps.dy.layout.outer_stride * 2);
+  set_columns(activations, in.hidden, in.intermediate);
+  activations.weights = in.weights;
+  activations.saved_h = steps.h;
+  activations.a = steps.a;
+  activations.dh = steps.dh;
+  activations.weight_parts = steps.weight_parts;
+  start<RowStep::kActivations>(in, activations, !in.transposed, stream);
+}
+
+void tiled_input_gradients(const BackwardSteps& steps, void* stream) {
+  const ExpertInputs& in = steps.inputs;
+  RowProductArguments inputs = common_arguments(in, steps.rows, steps.padded);
+  inputs.rows = make_tensor_map(padded_rows(in, steps.dh, steps.padded.capacity, in.pre_activations(), kTileRows));
+  inputs.matrix = make_tensor_map(first_matrix(in, false));
+  set_columns(inputs, in.pre_activations(), in.hidden);
+  inputs.results = make_tensor_map(padded_rows(in, steps.dx, steps.padded.capacity, in.hidden, 64));
+  inputs.width = static_cast<int>(in.hidden);
+  start<RowStep::kResults>(in, inputs, !in.transposed, stream);
+}
+
+void tiled_matrix_gradients(const BackwardSteps& steps, void* stream) {
+  const ExpertInputs& in = steps.inputs;
   if (steps.ddown_proj.data != nullptr) {
     matrix_gradient(steps, steps.dy, steps.a, in.intermediate, steps.ddown_proj, in.transposed, stream);
   }
   if (steps.dgate_up_proj.data != nullptr) {
     matrix_gradient(steps, in.x, steps.dh, in.pre_activations(), steps.dgate_up_proj, !in.transposed, stream);
   }
+}
+
+void tiled_backward_products(const BackwardSteps& steps, void* stream) {
+  find_tiles(tile_table(steps.inputs, steps.rows, steps.padded), stream);
+  if (steps.a != nullptr || steps.dh != nullptr || steps.weight_parts != nullptr) {
+    tiled_activation_gradients(steps, stream);
+  }
+  if (steps.dx != nullptr) tiled_input_gradients(steps, stream);
+  tiled_matrix_gradients(steps, stream);
 }
 
 }  // namespace inlay::moe::cuda

@@ -17,7 +17,13 @@ void tiled_forward_products(const ForwardSteps& steps, void* stream);
 
 // How many activations a part of weight_parts is of.
 int64_t tiled_part_width();
-// a, dh and weight_parts from dy and h; dx from dh; gradients of the matrices.
+// a, dh and weight_parts from dy and h, as far as wanted.
+void tiled_activation_gradients(const BackwardSteps& steps, void* stream);
+// dx from dh.
+void tiled_input_gradients(const BackwardSteps& steps, void* stream);
+// Those that are wanted.
+void tiled_matrix_gradients(const BackwardSteps& steps, void* stream);
+// All of them, as far as wanted.
 void tiled_backward_products(const BackwardSteps& steps, void* stream);
 
 }  // namespace inlay::moe::cuda

@@ -25,14 +25,12 @@ from inlay.hf.binding import Plan, binding_of
 from inlay.hf.norms import device_reason, is_plain, transform_reason
 from inlay.hf.stand_in import uninitialised
 from inlay.ops import _checks as checks
-from inlay.ops import _moe_kernels as kernels
 from inlay.ops._moe_checks import ACTIVATIONS
 from inlay.ops.moe import moe_experts
 from inlay.reference.moe import _activated
 
 OPS = ("moe_experts",)
 NAME = "inlay"
-NO_KERNELS = "no CUDA kernels yet"
 
 _MODULE = "transformers.integrations.moe"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts", "down_proj")
@@ -84,8 +82,6 @@ def plan(module: nn.Module) -> Plan | str | None:
     if not all(hasattr(module, name) for name in _FLAGS) or not hasattr(module, "_apply_gate"):
         return None
     reason = _structural_reason(module) or _gate_reason(module)
-    if reason is None and not kernels.has_kernel(module.down_proj):  # type: ignore[arg-type]
-        reason = NO_KERNELS
     return reason or Plan("moe_experts", forward, None)
 
 
@@ -189,7 +185,7 @@ def why_not(module: Any, x: Tensor, indices: Tensor, weights: Tensor) -> str | N
     if not up.shape[0] == down.shape[0] == module.num_experts:
         # Of some experts only, and nobody has told the module: indices are not those of what is here.
         return f"its projections are of {up.shape[0]} experts, not {module.num_experts}"
-    return device_reason(x) or transform_reason() or (None if kernels.has_kernel(x) else NO_KERNELS)
+    return device_reason(x) or transform_reason()
 
 
 def _structural_reason(module: Any) -> str | None:

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from inlay import reference
 from inlay.hf.binding import Plan, binding_of
-from inlay.hf.experts import NO_KERNELS
 from inlay.hf.norms import device_reason, is_plain, transform_reason
 from inlay.hf.stand_in import uninitialised
 from inlay.ops import _checks as checks
-from inlay.ops import _moe_kernels as kernels
 from inlay.ops._moe_checks import MAX_ROUTED_EXPERTS, MAX_SLOTS
 from inlay.ops.moe import moe_router
 
@@ -73,8 +71,6 @@ def plan(module: nn.Module) -> Plan | str | None:
     """A plan for a router; why not, for a module that looks like one; None for any other."""
     if not type(module).__name__.lower().endswith("router") or not _looks_like_router(module):
         return None
-    if not kernels.has_kernel(module.weight):  # type: ignore[arg-type]
-        return NO_KERNELS
     key = _key(module)
     try:
         spec = _known.get(key)
@@ -158,7 +154,7 @@ def _reason(router: Any, spec: RouterSpec, x: Tensor) -> str | None:
         return "weight and bias differ in dtype"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast changes what it computes"
-    return device_reason(x) or transform_reason() or (None if kernels.has_kernel(x) else NO_KERNELS)
+    return device_reason(x) or transform_reason()
 
 
 def _by_experiment(module: Any) -> RouterSpec | str:
