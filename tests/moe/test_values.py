@@ -11,7 +11,6 @@ from tests.moe.cases import MODELS, OPTIONS, ROUTINGS, SHAPES, TOKENS, Case, che
 from tests.support.compare import assert_same_bits, assert_within_budget
 from tests.support.devices import each_dtype
 
-
 _FEW_CHOICES = 128  # of tokens times slots, that CUDA has kernels of their own for
 
 
