@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 import inlay
-from tests.moe.cases import MODELS, OPTIONS, ROUTINGS, Case, gradients
+from tests.moe.cases import MODELS, OPTIONS, Case, gradients
 from tests.moe.router_cases import CASES as ROUTERS
 from tests.moe.router_cases import DIFFERENTIABLE, RouterCase
 
