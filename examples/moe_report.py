@@ -1,6 +1,6 @@
 """Figures, summary and notebook of ``moe_study.py``'s results. Every number in them comes from its files.
 
-``python examples/moe_report.py`` draws and writes them from ``examples/results``; the study does so by itself.
+``python examples/moe_report.py`` draws and writes those of ``examples/results``; the study does so by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "results"
+RENORMALIZED = RESULTS / "renormalized"
 NOTEBOOK = ROOT / "notebooks" / "moe_balance.ipynb"
 ROUTED = ("unbalanced", "losses", "bias")
 DENSE = ("dense (active)", "dense (total)")
@@ -38,6 +39,7 @@ class Results:
     """What ``moe_study.save`` wrote into a folder."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
+        self.folder = folder
         about = json.loads((folder / "moe_study.json").read_text())
         self.setting: dict[str, Any] = about["setting"]
         self.machine: dict[str, Any] = about["machine"]
@@ -157,7 +159,8 @@ def summary(results: Results) -> str:
     setting = results.setting
     lines = [
         f"{setting['layers']} layers {setting['hidden']} wide, {setting['experts']} experts "
-        f"{setting['expert_width']} wide, {setting['top_k']} of them a token; {setting['steps']} steps of "
+        f"{setting['expert_width']} wide, {setting['top_k']} of them a token, weighted by their probabilities"
+        f"{', which are made to add up to one' if setting['renormalize'] else ''}; {setting['steps']} steps of "
         f"{setting['batch']} x {setting['length']} tokens (bytes), AdamW, seed {setting['seed']}. "
         f"{results.machine['device']}; torch {results.machine['torch']}.",
         "",
@@ -221,6 +224,21 @@ def _findings(results: Results) -> list[str]:
     return lines
 
 
+def _renormalized(report: str) -> str:
+    """What the other setting in the tree says; ``report`` is the way to its document."""
+    results = Results(RENORMALIZED)
+    losses = ", ".join(f"{about['validation']:.4f} {arm}" for arm, about in results.arms.items())
+    layers = range(results.setting["layers"])
+    used = "; ".join(
+        f"{arm} " + " and ".join(f"{results.column(arm, layer, 'effective_experts')[-1]:.2f}" for layer in layers)
+        for arm in ROUTED
+    )
+    return (
+        "The same with weights that are made to add up to one, as in Mixtral (`--renormalize`, [its own report]"
+        f"({report})): validation losses {losses}; effective experts at the end, by layer: {used}."
+    )
+
+
 _INTRODUCTION = """\
 # Do experts stay in balance?
 
@@ -241,8 +259,10 @@ Made by `python examples/moe_study.py`; every number and figure is from the file
 
 def document(results: Results) -> str:
     """``moe_study.md``: the whole report, beside its figures."""
-    figures = [f"![{name}](moe_study_{name}.svg)" for name in FIGURES]
-    return "\n\n".join([_INTRODUCTION, summary(results).strip(), *figures]) + "\n"
+    parts = [_INTRODUCTION, summary(results).strip(), *(f"![{name}](moe_study_{name}.svg)" for name in FIGURES)]
+    if not results.setting["renormalize"] and results.folder.resolve() == RESULTS.resolve():
+        parts.append(_renormalized("renormalized/moe_study.md"))
+    return "\n\n".join(parts) + "\n"
 
 
 def notebook(results: Results) -> str:
@@ -251,6 +271,7 @@ def notebook(results: Results) -> str:
     cells: list[tuple[str, str]] = [
         ("markdown", _INTRODUCTION),
         ("markdown", f"## What was measured\n\n{summary(results).strip()}\n\n{figures}"),
+        ("markdown", _renormalized("../examples/results/renormalized/moe_study.md")),
         ("markdown", "## The files behind it\n\nThe same figures, drawn here from the results in the tree."),
         ("code", _FIND),
         ("code", _IMPORT),
@@ -317,8 +338,10 @@ def write(folder: Path = RESULTS) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draws and writes what moe_study.py has measured.")
-    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
-    write(parser.parse_args(arguments).folder)
+    parser.add_argument("folder", type=Path, nargs="?", help="default: those in the tree")
+    folder = parser.parse_args(arguments).folder
+    for each in (RENORMALIZED, RESULTS) if folder is None else (folder,):
+        write(each)
 
 
 if __name__ == "__main__":

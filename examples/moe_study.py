@@ -11,6 +11,7 @@ else the machine does meets all alike:
 
 ``python examples/moe_study.py`` writes results, figures and a summary to ``examples/results`` and takes some minutes on
 two cores; ``--quick`` takes seconds and shows nothing but that it runs; ``--steps`` and ``--device cuda`` scale it.
+``--renormalize --output examples/results/renormalized`` is the second setting of the report.
 ``python examples/moe_report.py`` draws figures, summary and notebook again from results that are there.
 """
 
@@ -61,6 +62,8 @@ class Setting:
     """Steps over which the learning rate rises; it then falls to a tenth along a cosine."""
     router_scale: float = 1.0
     """Standard deviation of a router's logits at the start."""
+    renormalize: bool = False
+    """Whether a token's weights are made to add up to one, as in Mixtral; else they are probabilities, as in OLMoE."""
     balance_factor: float = 1e-2
     z_factor: float = 1e-3
     bias_rate: float = 1e-2
@@ -94,11 +97,11 @@ def arms(setting: Setting) -> list[Arm]:
 
 
 class TopKRouter(nn.Module):
-    """Softmax over all experts, of which the ``top_k`` best are used with their probabilities as weights."""
+    """Softmax over all experts, of which the ``top_k`` best are used."""
 
     def __init__(self, setting: Setting, biased: bool) -> None:
         super().__init__()
-        self.top_k = setting.top_k
+        self.top_k, self.renormalize = setting.top_k, setting.renormalize
         self.weight = nn.Parameter(torch.randn(setting.experts, setting.hidden))
         self.weight.data *= setting.router_scale * setting.hidden**-0.5
         self.register_buffer("balance_bias", torch.zeros(setting.experts) if biased else None)
@@ -107,7 +110,9 @@ class TopKRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, weights and indices: what :class:`inlay.RouterMonitor` looks for."""
         logits = F.linear(x, self.weight)
-        weights, indices, self.stats = inlay.moe_router(logits, self.top_k, bias=self.balance_bias, stats=True)
+        weights, indices, self.stats = inlay.moe_router(
+            logits, self.top_k, bias=self.balance_bias, renormalize=self.renormalize, stats=True
+        )
         return logits, weights, indices
 
 
@@ -324,10 +329,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--renormalize", action="store_true", help="weights of a token's experts add up to one")
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for what is written")
     options = parser.parse_args(arguments)
     setting = replace(QUICK if options.quick else Setting(), seed=options.seed, device=options.device)
+    setting = replace(setting, renormalize=options.renormalize)
     if options.steps is not None:
         setting = replace(setting, steps=options.steps)
     print(f"{len(arms(setting))} models of {setting.layers} layers, {setting.steps} steps each, on {setting.device}")

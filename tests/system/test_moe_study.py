@@ -67,9 +67,11 @@ def test_a_quick_run(quick: Path, modules: Any) -> None:
 def test_the_results_in_the_tree(modules: Any) -> None:
     """Of the setting that the study has now, and the notebook with what they say."""
     study, report = modules
-    assert_whole(report, report.RESULTS)
+    for folder, renormalize in ((report.RESULTS, False), (report.RENORMALIZED, True)):
+        assert_whole(report, folder)
+        setting = replace(study.Setting(), renormalize=renormalize)
+        assert report.Results(folder).setting == json.loads(json.dumps(asdict(setting)))
     results = report.Results()
-    assert results.setting == json.loads(json.dumps(asdict(study.Setting())))
     assert report.NOTEBOOK.read_text() == report.notebook(results)
 
 
