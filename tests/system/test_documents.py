@@ -13,7 +13,7 @@ from tests.system.environment import ROOT
 
 # Written by builds and runs, so absent from a fresh checkout.
 _GENERATED = ("build/", "dist/", "demo-output/", "python/inlay/lib/", ".venv")
-_FOLDERS = "csrc|python|tests|benchmarks|docs|cmake|notebooks|\\.ci"
+_FOLDERS = "csrc|python|tests|benchmarks|docs|cmake|examples|notebooks|\\.ci"
 _PATH = re.compile(rf"^(?:(?:{_FOLDERS})/[\w./<>*{{}},-]*|[\w.-]+\.(?:md|toml|lock|txt|in)|Makefile|LICENSE)$")
 
 

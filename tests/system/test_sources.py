@@ -20,7 +20,7 @@ def _sources(*folders: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 def test_python_3_10_can_read_every_file() -> None:
     """By a Python 3.10 where there is one, else by this Python's parser in its mode for 3.10, which is less strict."""
-    files = _sources("python", "tests", "benchmarks", suffixes=(".py",))
+    files = _sources("python", "tests", "benchmarks", "examples", suffixes=(".py",))
     assert len(files) > 10
     python = interpreter("3.10")
     if sys.version_info[:2] == (3, 10) or python is None:

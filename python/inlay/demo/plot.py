@@ -11,7 +11,7 @@ from inlay.demo.train import Training
 _UNPATCHED, _PATCHED, _NOISE, _INK, _FAINT = "#8a94a6", "#d1495b", "#c9ced6", "#22272e", "#e6e8ec"
 _SMALLEST = 1e-7
 """Where equal losses are drawn on the logarithmic axis: below one unit in the last place of any loss above 1."""
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -31,7 +31,7 @@ def draw(training: Training | None, generation: Generation, title: str, path: Pa
     """Write the picture to ``path``. Needs matplotlib."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         from matplotlib.figure import Figure
 
         panels = 3 if training else 1
