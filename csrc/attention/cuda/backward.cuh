@@ -13,6 +13,7 @@
 
 #include "attention/cuda/backward_by_gradient.cuh"
 #include "attention/cuda/backward_by_keys.cuh"
+#include "attention/cuda/backward_turns.cuh"
 
 namespace inlay::attention::cuda {
 
@@ -51,8 +52,14 @@ __global__ __launch_bounds__(C::kThreads, 1) void backward_kernel(const __grid_c
     leave_registers<24>();
     if (info.first_tile == info.end_tile) return;
     if (warp == 0) fetch_for_key_tile<C>(arguments, control, shared, info);
-    if (C::kSumBytes > 0 && (warp == 1 || warp == 2) && threadIdx.x % 32 == 0) {
-      add_sums<C>(arguments, control.sums[warp - 1], shared + C::kSumsAt + (warp - 1) * C::kSumBytes, warp - 1);
+    if ((warp == 1 || warp == 2) && threadIdx.x % 32 == 0) {
+      const int group = warp - 1;
+      const uint32_t sums = shared + C::kSumsAt + group * C::kSumBytes;
+      if (arguments.turns) {
+        add_in_turn<C>(arguments, control.sums[group], info, sums, group);
+      } else if (C::kSumBytes > 0) {
+        add_sums<C>(arguments, control.sums[group], sums, group);
+      }
     }
   } else {
     take_registers<240>();

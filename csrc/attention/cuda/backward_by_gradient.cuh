@@ -43,26 +43,27 @@ struct QueryGradients {
   float* own;
   Accumulator dq[8];
   float* to = nullptr;
-  unsigned* turns = nullptr;
+  SumControl& control;  // where tiles of keys add in turn
+  uint32_t phase = 0;
 
-  __device__ __forceinline__ QueryGradients(const BackwardArguments& given, uint32_t shared) : arguments(given) {
+  __device__ __forceinline__ QueryGradients(const BackwardArguments& given, SumControl& sums, uint32_t shared)
+      : arguments(given), control(sums) {
     keys = matrix_descriptor(shared + 2 * kGroup * C::KeyTile::kPanelBytes, C::KeyTile::kPanelBytes);
     scores = matrix_descriptor(shared + C::kScoresAt, C::ScoreTile::kPanelBytes);
     own = given.dq + (kGroup * C::kUse.dq_floats() / 2 + static_cast<int>(threadIdx.x % 128) * 4);
   }
 
   // All products under way are done afterwards but those of the second panel.
-  __device__ __forceinline__ void add_first(int tile, const QueryTileInfo& info, int buffer) {
+  __device__ __forceinline__ void add_first(int tile, int buffer) {
     using T = typename C::T;
     begin_products();
     start_query_gradients<T, C::kKeySteps>(dq, advance(scores, buffer * C::ScoreTile::kBytes), keys);
     wait_for_products<0>();
     keep(dq);
     to = own + int64_t{tile} * C::kUse.dq_floats();
-    turns = arguments.turns ? arguments.turns + tile * 2 + kGroup : nullptr;
-    if (turns) {
-      if (threadIdx.x % 128 == 0) wait_for_others(turns, info.turn);
-      meet_at(2 + kGroup, 128);
+    if (arguments.turns) {
+      wait_at(control.free, phase);
+      phase ^= 1;
     }
     add_to_global(to, dq);
     if constexpr (kPanels == 2) {
@@ -77,11 +78,7 @@ struct QueryGradients {
       keep(dq);
       add_to_global(to + 8 * 512, dq);
     }
-    if (turns) {
-      __threadfence();
-      meet_at(2 + kGroup, 128);
-      if (threadIdx.x % 128 == 0) let_next_come(turns);
-    }
+    if (arguments.turns) arrive_as_warp(control.full);
   }
 };
 
@@ -99,7 +96,7 @@ __device__ __forceinline__ void compute_value_gradients(const BackwardArguments&
     const uint64_t first_queries = matrix_descriptor(shared + C::kSlotsAt, C::QueryTile::kPanelBytes);
     const uint64_t first_results =
         matrix_descriptor(shared + C::kSlotsAt + C::QueryTile::kBytes, C::ResultTile::kPanelBytes);
-    QueryGradients<C, 0> dq(arguments, shared);
+    QueryGradients<C, 0> dq(arguments, control.sums[0], shared);
     wait_for_keys(control, shared, info.clear_from);
     RingPlace<C::kStages> slot;
     RingPlace<2> buffer;
@@ -132,7 +129,7 @@ __device__ __forceinline__ void compute_value_gradients(const BackwardArguments&
       slot.step();
       const int next = start_next();
       wait_at(control.scores_full[buffer.index], buffer.parity);
-      dq.add_first(tile, control.rows[used].info, buffer.index);
+      dq.add_first(tile, buffer.index);
       if (lane == 0) arrive(control.free[used]);
       buffer.step();
       tile = next;
@@ -157,7 +154,7 @@ __device__ __forceinline__ void compute_key_gradients(const BackwardArguments& a
     const uint64_t first_queries = matrix_descriptor(shared + C::kSlotsAt, C::QueryTile::kPanelBytes);
     const uint64_t first_results =
         matrix_descriptor(shared + C::kSlotsAt + C::QueryTile::kBytes, C::ResultTile::kPanelBytes);
-    QueryGradients<C, 1> dq(arguments, shared);
+    QueryGradients<C, 1> dq(arguments, control.sums[1], shared);
     wait_for_keys(control, shared, info.clear_from);
     RingPlace<C::kStages> slot;
     RingPlace<2> buffer;
@@ -202,7 +199,7 @@ __device__ __forceinline__ void compute_key_gradients(const BackwardArguments& a
       slot.step();
       const int next = start_next();
       wait_at(control.scores_full[buffer.index], buffer.parity);
-      dq.add_first(tile, control.rows[used].info, buffer.index);
+      dq.add_first(tile, buffer.index);
       if (lane == 0) arrive(control.free[used]);
       buffer.step();
       tile = next;

@@ -96,7 +96,7 @@ __device__ __forceinline__ void compute_half_of_keys(const BackwardArguments& ar
       start_key_gradients();
       wait_for_products<1>();  // dv and dq
       keep(dq);
-      hand_sums_over(control.sums[group], sums, dq, control.rows[slot.index].info, buffer);
+      hand_sums_over(control.sums[group], sums, dq, control.rows[slot.index].info.tile, buffer);
       buffer ^= 1;
       slot.step();
     }

@@ -51,7 +51,6 @@ struct QueryTileInfo {
   int tile;        // of dq, among all; negative: no more come
   int hidden;      // some query does not see some key
   int clear_from;  // rows from here on are not of the sequence, and may hold anything
-  int turn;        // how many tiles of keys add to dq before this one
 };
 
 template <int kQueries>
@@ -64,7 +63,7 @@ struct alignas(16) QueryRows {
 // Of one group's columns of dq on the way to global memory: what tile they are of.
 struct SumControl {
   inlay::cuda::Barrier full, free;
-  int tile, turn;
+  int tile;
 };
 
 template <class C>
@@ -142,9 +141,9 @@ __device__ void fetch_for_key_tile(const BackwardArguments& arguments, BackwardC
       }
       if (lane == 0) {
         const int first = tile * C::kQueries, token = info.query_row + first, count = info.query_count - first;
-        rows.info = {first_dq + info.first_query_tile + tile, !all,
-                     count < C::kQueries && info.query_row + info.query_count < in.queries.tokens ? count : C::kQueries,
-                     arguments.turns ? later_key_tiles<C::kQueries, C::kKeys>(in, info, tile) : 0};
+        rows.info = {
+            first_dq + info.first_query_tile + tile, !all,
+            count < C::kQueries && info.query_row + info.query_count < in.queries.tokens ? count : C::kQueries};
         const uint32_t to = shared + C::kSlotsAt + slot.index * C::kSlotBytes;
         Barrier& full = control.full[slot.index];
         expect_bytes(full, C::kSlotBytes, 0);

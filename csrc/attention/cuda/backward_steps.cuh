@@ -55,22 +55,10 @@ __device__ __forceinline__ void add_to_global(float* to, const Accumulator (&dq)
   }
 }
 
-// Waits until `turn` others have been there.
-__device__ __forceinline__ void wait_for_others(const unsigned* turns, unsigned turn) {
-  unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(turns) : "memory");
-  } while (seen != turn);
-}
-__device__ __forceinline__ void let_next_come(unsigned* turns) {
-  __threadfence();
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(turns) : "memory");
-}
-
 // Hands columns of dq to the warp that adds them to those of other blocks.
 template <int kTiles>
 __device__ __forceinline__ void hand_sums_over(SumControl& control, uint32_t place, const Accumulator (&dq)[kTiles],
-                                               const QueryTileInfo& tile, int phase) {
+                                               int tile, int phase) {
   wait_at(control.free, phase ^ 1);
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
@@ -78,15 +66,12 @@ __device__ __forceinline__ void hand_sums_over(SumControl& control, uint32_t pla
                  uint4{__float_as_uint(dq[i][0]), __float_as_uint(dq[i][1]), __float_as_uint(dq[i][2]),
                        __float_as_uint(dq[i][3])});
   }
-  if (threadIdx.x % 128 == 0) {
-    control.tile = tile.tile;
-    control.turn = tile.turn;
-  }
+  if (threadIdx.x % 128 == 0) control.tile = tile;
   publish_shared();
   arrive_as_warp(control.full);
 }
 
-// One thread adds what a group hands over.
+// One thread adds what a group hands over, in any order.
 template <class C>
 __device__ __forceinline__ void add_sums(const BackwardArguments& arguments, SumControl& control, uint32_t place,
                                          int group) {
@@ -96,14 +81,8 @@ __device__ __forceinline__ void add_sums(const BackwardArguments& arguments, Sum
     if (tile < 0) return;
     const int64_t half = int64_t{tile} * 2 + group;
     float* const to = arguments.dq + half * (C::kUse.dq_floats() / 2);
-    if (arguments.turns) wait_for_others(arguments.turns + half, control.turn);
     start_bulk_add(to, place, C::kSumBytes);
-    if (arguments.turns) {
-      wait_until_stored();
-      let_next_come(arguments.turns + half);
-    } else {
-      wait_for_stores();
-    }
+    wait_for_stores();
     arrive(control.free);
   }
 }

@@ -71,16 +71,6 @@ __device__ inline KeyTileInfo describe_key_tile(const Inputs& in, const KeyTileO
   return info;
 }
 
-// How many tiles of keys behind this one are visited by a tile of queries.
-template <int kQueries, int kKeys>
-__device__ inline int later_key_tiles(const Inputs& in, const KeyTileInfo& info, int tile) {
-  int64_t last = (info.key_count - 1) / kKeys;
-  if (in.window_right >= 0) {
-    last = min(last, (int64_t{tile + 1} * kQueries - 1 + info.diagonal + in.window_right) / kKeys);
-  }
-  return static_cast<int>(last - info.first_key / kKeys);
-}
-
 #endif
 
 }  // namespace inlay::attention::cuda
