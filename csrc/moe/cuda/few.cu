@@ -4,8 +4,8 @@
 namespace inlay::moe::cuda {
 namespace {
 
-// Of more than these, choices that are not random, as of tokens that follow each other, would cost too much. On an H200 16
-// tokens of Qwen3.5-35B, 128 pairs of about 103 experts, take 156 us here, and by tiles over 250.
+// Of more than these, choices that are not random, as of tokens that follow each other, would cost too much. On an H200
+// 16 tokens of Qwen3.5-35B, 128 pairs of about 103 experts, take 156 us here, and by tiles over 250.
 constexpr int64_t kMostFewPairs = 128;
 constexpr int64_t kMostFeatures = 1 << 17;  // for grids' second dimension, and 32-bit places in a row
 

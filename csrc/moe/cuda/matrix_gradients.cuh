@@ -1,8 +1,7 @@
 // Gradients of experts' matrices for 16-bit values on Hopper: of one expert, 128 of the hidden size by 256 of what the
 // matrix has on its other side, summed over the expert's rows.
 //
-//   dgate_up_proj   x gathered by its tokens, and dh          ddown_proj   dy
-//   gathered, and a
+//   dgate_up_proj   x gathered by its tokens, and dh          ddown_proj   dy gathered, and a
 //
 // Tiles pass through a ring as those of row_products.cuh do: 64 rows a stage, and what is hidden is gathered. Padding
 // is zero on both sides. Experts without rows get zeros.

@@ -41,6 +41,9 @@ struct RowProductConfig {
   using T = T_;
   static constexpr RowStep kStep = kStep_;
   static constexpr bool kTransposed = kTransposed_;  // the matrix has the summed dimension as rows
+  // Dealing costs registers, which those who store gradients do not have to spare, and gains nothing where little is
+  // summed over.
+  static constexpr bool kDeals = kStep == RowStep::kFirst;
   using Memory = TileMemory<64>;
   static constexpr bool kGathers = kStep == RowStep::kFirst || kStep == RowStep::kActivations;
 };

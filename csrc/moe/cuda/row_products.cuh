@@ -1,11 +1,10 @@
 // Products of experts' rows and matrices for 16-bit values on Hopper: a tile of 128 rows of one expert, by 256 columns.
 //
-//   kFirst        h = x_rows gate_up_proj', a = activation(h)             rows
-//   gathered by their tokens kResults      results = a down_proj', or dx = dh
-//   gate_up_proj         padded rows kActivations  dA' = dy_rows down_proj, and
-//   from it and h: dh, a       rows gathered
+//   kFirst        h = x_rows gate_up_proj', a = activation(h)             rows gathered by their tokens
+//   kResults      results = a down_proj', or dx = dh gate_up_proj         padded rows
+//   kActivations  dA' = dy_rows down_proj, and from it and h: dh, a       rows gathered
 //
-// A block stays on its multiprocessor and takes tiles in turn. Two warps fetch: matrices by the copy engine, and so
+// A block stays on its multiprocessor and works on tiles in turn. Two warps fetch: matrices by the copy engine, and so
 // padded rows; gathered ones thread by thread, 16 bytes each. Two warpgroups multiply 64 rows each; the second has a
 // rest where an expert's last tile has no more than 64. Two warps do what is left to do with rounded results while the
 // next tile is multiplied: between tiles it took a seventh of the time where 768 is summed over.
@@ -38,21 +37,27 @@ __device__ __forceinline__ void fetch_gathered(const RowProductArguments& p, Rin
   const uint32_t to = shared + Tile<T, kTileRows, Memory::kDepth>::offset(first_row, piece_column);
   Turn<Memory::kStages> turn;
   TileOrder order(p.table, p.column_tiles);
+  BlockTiles<C::kDeals, Memory> own(ring);
+  TileDealer<Memory> dealer(ring, p.table, order.tiles);
   // The next tile's tokens are read while this one's rows are fetched.
   int tokens[kCopies];
   RowTile next{};
-  const auto look_ahead = [&](int index) {
-    if (index >= order.tiles) return;
+  const auto look_ahead = [&] {
+    if (C::kDeals && thread == 0) dealer.deal();
+    __syncwarp();
+    const int index = own.next();
+    if (index >= order.tiles) return false;
     next = order.find(index);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = first_row + i * kRowStep;
       tokens[i] = row < next.rows ? p.tokens[next.first_padded + next.row + row] : -1;
     }
+    return true;
   };
-  look_ahead(blockIdx.x);
+  bool more = look_ahead();
 #pragma unroll 1
-  for (int index = blockIdx.x; index < order.tiles; index += gridDim.x) {
+  while (more) {
     const RowTile tile = next;
     const T* from[kCopies];
     unsigned wanted = 0;
@@ -61,7 +66,7 @@ __device__ __forceinline__ void fetch_gathered(const RowProductArguments& p, Rin
       wanted |= (tokens[i] >= 0 ? 1u : 0u) << i;
       from[i] = row_of<T>(p.gathered, p.gathered_stride, tokens[i]) + piece_column;
     }
-    look_ahead(index + gridDim.x);
+    more = look_ahead();
     const bool both_halves = tile.rows > kTileRows / 2;
 #pragma unroll 1
     for (int depth = 0; depth < p.depth; depth += Memory::kDepth) {
@@ -92,8 +97,9 @@ __device__ __forceinline__ void fetch_padded(const RowProductArguments& p, Ring<
   using Memory = typename C::Memory;
   Turn<Memory::kStages> turn;
   TileOrder order(p.table, p.column_tiles);
+  BlockTiles<C::kDeals, Memory> own(ring);
 #pragma unroll 1
-  for (int index = blockIdx.x; index < order.tiles; index += gridDim.x) {
+  for (int index = own.next(); index < order.tiles; index = own.next()) {
     const RowTile tile = order.find(index);
     if (threadIdx.x == 0) {
 #pragma unroll 1
@@ -121,8 +127,9 @@ __device__ __forceinline__ void multiply_rows(const RowProductArguments& p, Ring
   Turn<Memory::kStages> turn;
   int count = 0;
   TileOrder order(p.table, p.column_tiles);
+  BlockTiles<C::kDeals, Memory> own(ring);
 #pragma unroll 1
-  for (int index = blockIdx.x; index < order.tiles; index += gridDim.x) {
+  for (int index = own.next(); index < order.tiles; index = own.next()) {
     const RowTile tile = order.find(index);
     if (tile.rows <= group * 64) {
       pass_stages(ring, turn, stages);
@@ -152,17 +159,20 @@ __device__ __forceinline__ void store_tiles(const RowProductArguments& p, Ring<t
   } else {
     for (Barrier& free : ring.results_free) arrive_as_warp(free);
   }
+  BlockTiles<C::kDeals, Memory> own(ring);
   RowTile next{};
   float next_weight = 0.0f;
-  if (blockIdx.x < order.tiles) {
-    next = order.find(blockIdx.x);
+  int index = own.next();
+  if (index < order.tiles) {
+    next = order.find(index);
     if (C::kStep == RowStep::kActivations) next_weight = look_ahead<T>(p, next, first_block * 16);
   }
 #pragma unroll 1
-  for (int index = blockIdx.x; index < order.tiles; index += gridDim.x) {
+  while (index < order.tiles) {
     const RowTile tile = next;
-    const bool more = index + gridDim.x < order.tiles;
-    if (more) next = order.find(index + gridDim.x);
+    index = own.next();
+    const bool more = index < order.tiles;
+    if (more) next = order.find(index);
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
       if (tile.rows <= group * 64) continue;

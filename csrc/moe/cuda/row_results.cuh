@@ -17,8 +17,7 @@ using Square = TileView<T, 64, 64>;
 struct BlockRows {
   int first;                 // of the square
   int count;                 // that are no padding, of the tile from here on
-  int64_t padded, unpadded;  // where the first one is, among padded rows and
-                             // among those in their order
+  int64_t padded, unpadded;  // where the first one is, among padded rows and among those in their order
 
   __device__ BlockRows(const RowTile& tile, int group, int block)
       : first(block * 16),
@@ -198,8 +197,7 @@ __device__ __forceinline__ void store_activations(const RowProductArguments& p, 
       float gates[8], ups[8], none[8] = {};
       unpack_gates<T>(pieces, in_turns, gates, ups);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {  // a bias may have reached padding; of 0,
-                                     // every activation is 0
+      for (int j = 0; j < 8; ++j) {  // a bias may have reached padding; of 0, every activation is 0
         gates[j] = real ? gates[j] : 0.0f;
         ups[j] = real ? ups[j] : 0.0f;
       }

@@ -37,6 +37,7 @@ class Parts {
     padded.experts = take<int32_t>(padded.capacity / padded.unit);
     padded.units_before = take<int32_t>(in.experts + 1);
     padded.tiles_before = take<int32_t>(in.experts + 1);
+    padded.tiles_taken = take<int32_t>(1);
     return padded;
   }
 

@@ -23,6 +23,7 @@ struct PaddedRows {
   // [E + 1] units, and tiles of two, before each expert, and before none: written and read by the Hopper kernels.
   int32_t* units_before = nullptr;
   int32_t* tiles_before = nullptr;
+  int32_t* tiles_taken = nullptr;
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -16,6 +16,7 @@ __global__ __launch_bounds__(kThreads) void tile_kernel(TileTable table) {
   wait_for_predecessor();
   release_successor();
   if (threadIdx.x == 0) table.units[0] = table.row_tiles[0] = 0;
+  if (threadIdx.x == 0) *table.taken = 0;
   const auto scan = [&](int2& own) {
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {

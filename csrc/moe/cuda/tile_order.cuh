@@ -22,6 +22,7 @@ struct TileTable {
   const int32_t* ends = nullptr;  // [E] of rows, as in Rows
   int32_t* units = nullptr;       // [E + 1] of padded rows
   int32_t* row_tiles = nullptr;   // [E + 1]
+  int32_t* taken = nullptr;       // how many tiles were dealt beside each block's first, see TileDealer
   int experts = 0;
 };
 

@@ -13,6 +13,9 @@ constexpr int kGroups = 2;
 constexpr int kFetchThreads = 64, kStoreWarps = 2;
 constexpr int kTileThreads = kFetchThreads + kStoreWarps * 32 + kGroups * 128;
 
+// How far the warps that fetch may be ahead of those that store, in tiles.
+constexpr int kTilesAhead = 4;
+
 constexpr int kSquareBytes = 64 * 64 * 2;
 constexpr int kResultBytes = kBoxes * kSquareBytes;  // of a group's rounded sums, a square for each box
 

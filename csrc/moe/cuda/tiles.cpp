@@ -64,7 +64,7 @@ bool fits_gathering(const RowTensor& x) {
 }
 
 TileTable tile_table(const ExpertInputs& in, const Rows& rows, const PaddedRows& padded) {
-  return {rows.ends, padded.units_before, padded.tiles_before, static_cast<int>(in.experts)};
+  return {rows.ends, padded.units_before, padded.tiles_before, padded.tiles_taken, static_cast<int>(in.experts)};
 }
 
 RowProductArguments common_arguments(const ExpertInputs& in, const Rows& rows, const PaddedRows& padded) {
