@@ -120,7 +120,7 @@ SHAPES = [
     Case(hidden=33, intermediate=259, options={"interleaved": True, "transposed": True}),
     # Over the edges of what the tensor cores of a GPU are given at a time.
     Case(tokens=300, hidden=520, intermediate=264, experts=3),
-    Case(tokens=300, hidden=264, intermediate=520, experts=3, options=GPT_OSS, biases=True),
+    Case(tokens=300, hidden=136, intermediate=280, experts=3, options=GPT_OSS, biases=True),
     Case(tokens=200, hidden=256, intermediate=264, experts=2, options={"activation": "relu2", "gated": False}),
     Case(experts=1, slots=1, tokens=150),
     Case(experts=300, slots=10, tokens=20, hidden=16, intermediate=8),
